@@ -36,7 +36,9 @@ class Permutation:
     def side_by_side(cls, parts: Sequence[Permutation]) -> Permutation:
         """One permutation of the concatenated axis that moves nothing across the parts' borders."""
         starts = accumulate((len(part) for part in parts[:-1]), initial=0)
-        return cls(tuple(start + i for start, part in zip(starts, parts, strict=True) for i in part.order))
+        return cls(
+            tuple(start + i for start, part in zip(starts, parts, strict=True) for i in part.order)
+        )
 
     def __len__(self) -> int:
         return len(self.order)

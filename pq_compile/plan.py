@@ -145,6 +145,9 @@ class Plan:
 
 def axis_order(axis: Axis, groups: Groups, orders: Orders) -> Permutation:
     """The whole permutation of one axis, its segments side by side."""
-    return Permutation.side_by_side([
-        orders.get(segment.leaf) or Permutation.identity(segment.size) for segment in groups.segments[axis]
-    ])
+    return Permutation.side_by_side(
+        [
+            orders.get(segment.leaf) or Permutation.identity(segment.size)
+            for segment in groups.segments[axis]
+        ]
+    )
