@@ -1,3 +1,3 @@
-"""permuquant: diffusion transformers in 4 bits, by ``torch.compile(model, backend="permuquant")``."""
+"""permuquant: 4-bit diffusion transformers by ``torch.compile(model, backend="permuquant")``."""
 
 __version__ = "0.1.0"

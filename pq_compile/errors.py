@@ -4,8 +4,11 @@ from torch._dynamo.exc import ShortenTraceback
 
 
 class Refused(ShortenTraceback):
-    """Something was asked for that permuquant will not do; the message says what and what to do instead.
+    """Something was asked for that permuquant will not do; the message says why and what to do.
 
-    It derives from Dynamo's ``ShortenTraceback`` so that raised while compiling it reaches the user as
-    itself and not wrapped in ``BackendCompilerFailed``.
+    It derives from Dynamo's ``ShortenTraceback`` so that, raised while compiling, it reaches the
+    user as itself and not wrapped in ``BackendCompilerFailed``.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, first_useful_frame=None)

@@ -25,7 +25,7 @@ NEEDS_NO_DATA = ("rtn", "random")
 class Options:
     """What ``torch.compile(model, backend="permuquant", options={...})`` accepts.
 
-    Raises ``Refused`` for a value outside its choices or range, naming the option and what is valid.
+    Raises ``Refused`` for a value outside its choices or range, naming the option.
     """
 
     recipe: str = "best"
@@ -46,7 +46,8 @@ class Options:
             value = getattr(self, name)
             if value not in choices:
                 raise Refused(
-                    f"permuquant: {name}={value!r} is not one of {', '.join(choices)}{_nearest(value, choices)}"
+                    f"permuquant: {name}={value!r} is not one of {', '.join(choices)}"
+                    f"{_nearest(value, choices)}"
                 )
         if not self.alpha or not all(0 <= alpha <= 1 for alpha in self.alpha):
             raise Refused(
@@ -60,8 +61,8 @@ class Options:
             )
         if self.calibration_calls == 0 and self.needs_data:
             raise Refused(
-                f"permuquant: recipe {self.recipe!r} chooses by data, so calibration_calls must be at least 1; "
-                f"recipes that need none: {', '.join(NEEDS_NO_DATA)}"
+                f"permuquant: recipe {self.recipe!r} chooses by data, so calibration_calls must be "
+                f"at least 1; recipes that need none: {', '.join(NEEDS_NO_DATA)}"
             )
 
     @property
@@ -75,7 +76,7 @@ class Options:
 
     @classmethod
     def parse(cls, given: Mapping[str, Any] | None) -> Options:
-        """Options from the dict handed to ``torch.compile``; ``PERMUQUANT_DUMP`` stands in for ``dump``."""
+        """Options from ``torch.compile``'s dict; ``PERMUQUANT_DUMP`` stands in for ``dump``."""
         fields = {field.name for field in dataclasses.fields(cls)}
         given = dict(given or {})
         for name in given:
@@ -86,7 +87,7 @@ class Options:
                 )
         if given.get("plan") is not None:
             raise Refused(
-                "permuquant: loading a plan from disk is not supported yet; leave the option plan unset"
+                "permuquant: loading a plan from disk is not supported yet; leave the option unset"
             )
         given.setdefault("dump", os.environ.get("PERMUQUANT_DUMP") or None)
         if given["dump"] is not None:

@@ -1,4 +1,4 @@
-"""Permutations of channels as values: identity, inverse, composition, application to a tensor's axis."""
+"""Permutations of channels as values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Permutation:
-    """A reordering of ``len(order)`` channels: position ``i`` afterwards holds channel ``order[i]`` of before."""
+    """A reordering of channels: position ``i`` afterwards holds channel ``order[i]`` of before."""
 
     order: tuple[int, ...]
 
@@ -59,7 +59,7 @@ class Permutation:
         return Permutation(tuple(inverse))
 
     def then(self, second: Permutation) -> Permutation:
-        """Apply this one, then ``second``: ``second.apply(self.apply(x)) == self.then(second).apply(x)``."""
+        """This one first: ``second.apply(self.apply(x)) == self.then(second).apply(x)``."""
         return Permutation(tuple(self.order[i] for i in second.order))
 
     def apply(self, tensor: Tensor, dim: int) -> Tensor:

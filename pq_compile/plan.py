@@ -1,8 +1,9 @@
 """The values that flow between the passes. All frozen; none holds a tensor of the model.
 
-An *axis* is one dimension of one parameter. Its channels are a row of *segments*; a segment is ordered by the
-permutation of its *leaf*, so every axis that holds the same leaf moves together. A *group* gathers the leaves that
-occur on the same axes (the 24 heads of one attention; the one residual stream) and is accepted or refused as a whole.
+An *axis* is one dimension of one parameter. Its channels are a row of *segments*; a segment is
+ordered by the permutation of its *leaf*, so every axis that holds the same leaf moves together. A
+*group* gathers the leaves that occur on the same axes (the 24 heads of one attention; the one
+residual stream) and is accepted or refused as a whole.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class Group:
-    """Leaves of one size that occur on the same axes, permuted each within itself by one decision."""
+    """Leaves of one size on the same axes, permuted each within itself by one decision."""
 
-    name: str  # its first axis, "blocks.0.attn.to_v.weight[0]", or "...#1" where several groups share that axis
+    name: str  # its first axis, "blocks.0.attn.to_v.weight[0]"; "...#1" where groups share it
     leaves: tuple[int, ...]
     size: int  # channels of each leaf
     axes: tuple[Axis, ...]
@@ -54,7 +55,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Groups:
-    """Everything ``propagate`` found: the segments of every parameter axis, and the groups they form."""
+    """All that ``propagate`` found: the segments of every parameter axis, and their groups."""
 
     segments: Mapping[Axis, tuple[Segment, ...]]
     groups: tuple[Group, ...]
@@ -107,7 +108,10 @@ Orders = Mapping[int, Permutation]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of one group. Errors are mean relative squared output errors of the linears that read it."""
+    """What became of one group.
+
+    Errors are means, over the linears that read it, of their relative squared output errors.
+    """
 
     group: str
     accepted: bool
