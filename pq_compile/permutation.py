@@ -59,7 +59,7 @@ class Permutation:
         return Permutation(tuple(inverse))
 
     def then(self, second: Permutation) -> Permutation:
-        """This one first: ``second.apply(self.apply(x)) == self.then(second).apply(x)``."""
+        """Both, one after the other: ``p.then(q).apply(x) == q.apply(p.apply(x))``."""
         return Permutation(tuple(self.order[i] for i in second.order))
 
     def apply(self, tensor: Tensor, dim: int) -> Tensor:
