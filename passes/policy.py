@@ -1,0 +1,85 @@
+"""Which linears are quantised at all, and how: the one place where names and sizes decide."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from types import MappingProxyType
+
+from pq_compile.options import Options
+from pq_compile.plan import Linear
+
+BUILTIN_SKIP = (
+    "*embed*",  # x_embedder, context_embedder, time_text_embed, patch_embed, condition_embedder
+    "time_*",  # time_step_proj, time_mod_proj
+    "timestep*",
+    "adaln_single*",
+    "caption_projection*",
+    "*_caption_projection*",
+    "img_in*",
+    "txt_in*",
+    "vid_in*",
+    "distilled_guidance_layer*",
+    "norm_out*",
+    "final_layer*",
+    "*_final_layer*",
+    "proj_out_[12]",
+    "out_layer*",
+    "lm_head",
+)
+"""Embedders and final projections: a few parts in a thousand of the work, and sensitive.
+
+``*`` also stands for dots; a pattern is matched from the root of the model, so the ``norm_out`` or
+``out_layer`` of a block is none of these.
+"""
+
+SKIP_NARROW = ("proj_in", "proj_out", "*_proj_in", "*_proj_out")
+"""Skipped with under ``NARROW`` inputs or outputs: latent channels. A block compiled on its own has
+the same names for wide linears (the ``proj_out`` of FLUX's single blocks)."""
+
+NARROW = 256
+
+SMALLEST = 4096
+"""Weights with fewer elements stay: nothing to gain, and often a gate."""
+
+
+def route_of(
+    linear: Linear, options: Options, kept: Mapping[str, str] = MappingProxyType({})
+) -> tuple[str, str]:
+    """("w4a4", "w4a16" or "keep", the sentence why).
+
+    ``kept``: why a linear cannot be quantised, by the name of its weight or its own.
+    """
+    reason = _keep(linear, options, kept)
+    if reason:
+        return "keep", reason
+    if linear.per_sample:
+        return "w4a16", "one row per sample: time goes into reading weights, activations stay"
+    if options.scheme == "w4a16":
+        return "w4a16", "scheme w4a16 keeps activations"
+    return "w4a4", "weights and activations in 4 bits"
+
+
+def skipped_by(name: str, patterns: tuple[str, ...]) -> str | None:
+    """The first pattern that matches the module path, or the path without its last component."""
+    paths = [name, *([name.rpartition(".")[0]] if "." in name else [])]
+    return next((p for p in patterns if any(fnmatchcase(path, p) for path in paths)), None)
+
+
+def _keep(linear: Linear, options: Options, kept: Mapping[str, str]) -> str | None:
+    """Why a linear stays in its own precision; None if it is quantised."""
+    for name in (linear.weight, linear.name):
+        if name in kept:
+            return kept[name]
+    if options.format == "none":
+        return "format none only reorders"
+    if pattern := skipped_by(linear.name, options.skip):
+        return f"skipped by the pattern {pattern!r} of the option skip"
+    if pattern := skipped_by(linear.name, BUILTIN_SKIP):
+        return f"an embedder or final projection by its name, {pattern!r}"
+    narrow = min(linear.in_features, linear.out_features)
+    if narrow < NARROW and (pattern := skipped_by(linear.name, SKIP_NARROW)):
+        return f"a first or final projection by its name, {pattern!r}, and its {narrow} channels"
+    if (size := linear.in_features * linear.out_features) < SMALLEST:
+        return f"its {size:,} weights are fewer than {SMALLEST:,}"
+    return None
