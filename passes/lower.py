@@ -1,4 +1,4 @@
-"""Replace linears by quantised ones: ``linear(x, W, b)`` becomes ``permuquant.linear(x, pack(W), b)``.
+"""``linear(x, W, b)`` becomes ``permuquant.linear(x, pack(W), b)``.
 
 The packed tensors enter the lowered graph as inputs, where the weight was one before: one compiled
 graph serves every block of a kind, and nothing about a weight's values is baked into it. Folding
@@ -22,7 +22,7 @@ FIELDS = ("packed", "scales", "tensor_scale")
 
 @dataclass(frozen=True)
 class Source:
-    """Where an input of the lowered graph comes from: argument ``index``, or a packed field of it."""
+    """An input of the lowered graph is argument ``index``, or a packed field of it."""
 
     index: int
     field: int | None = None  # index into FIELDS
@@ -44,9 +44,13 @@ def lower(module: fx.GraphModule, routes: Mapping[str, str], format_name: str) -
     """
     placeholders = module.graph.find_nodes(op="placeholder")
     index = {node: i for i, node in enumerate(placeholders)}
-    linears = {node: _operands(node) for node in module.graph.nodes if node.name in routes}
+    linears = {node: operands(node) for node in module.graph.nodes if node.name in routes}
     weights = list(dict.fromkeys(weight for _, weight, _ in linears.values()))
-    gone = {weight for weight in weights if all(_only_weight(user, weight, linears) for user in weight.users)}
+    gone = {
+        weight
+        for weight in weights
+        if all(_only_weight(user, weight, linears) for user in weight.users)
+    }
 
     graph = fx.Graph()
     new: dict[fx.Node, fx.Node] = {}
@@ -73,6 +77,12 @@ def lower(module: fx.GraphModule, routes: Mapping[str, str], format_name: str) -
     return Lowered(fx.GraphModule(module, graph), tuple(sources), tuple(index[w] for w in weights))
 
 
+def operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
+    """Input, weight and bias of a linear node, however they were passed."""
+    given = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
+    return given["input"], given["weight"], given.get("bias")
+
+
 def example_inputs(
     lowered: Lowered, given: Sequence[Any], format_name: str, mode: FakeTensorMode | None
 ) -> list[Any]:
@@ -92,11 +102,10 @@ def fake_packed(weight: Tensor, format_: Format, mode: FakeTensorMode | None) ->
         return format_.quantize(format_.pad(dense))
 
 
-def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
-    given = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
-    return given["input"], given["weight"], given.get("bias")
-
-
-def _only_weight(user: fx.Node, weight: fx.Node, linears: Mapping[fx.Node, tuple[Any, ...]]) -> bool:
+def _only_weight(
+    user: fx.Node, weight: fx.Node, linears: Mapping[fx.Node, tuple[Any, ...]]
+) -> bool:
     operands = linears.get(user)
-    return operands is not None and operands[1] is weight and weight not in (operands[0], operands[2])
+    return (
+        operands is not None and operands[1] is weight and weight not in (operands[0], operands[2])
+    )

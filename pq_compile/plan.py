@@ -9,7 +9,7 @@ residual stream) and is accepted or refused as a whole.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 from torch import Tensor
@@ -85,6 +85,12 @@ class Linear:
     def input_axis(self) -> Axis:
         return Axis(self.weight, 1)
 
+    def renamed(self, names: Mapping[str, str]) -> Linear:
+        """The same linear under other parameter names; a name that ``names`` lacks stays."""
+        weight = names.get(self.weight, self.weight)
+        bias = None if self.bias is None else names.get(self.bias, self.bias)
+        return replace(self, name=weight.removesuffix(".weight"), weight=weight, bias=bias)
+
     @property
     def in_block(self) -> bool:
         """Belongs to a repeated block: a component of its path is an index."""
@@ -145,6 +151,19 @@ class Plan:
     linears: tuple[LinearPlan, ...]
     orders: Orders = field(default_factory=dict)  # accepted permutations only
     verdicts: tuple[Verdict, ...] = ()
+
+    def renamed(self, parameters: Mapping[str, str], groups: Mapping[str, str]) -> Plan:
+        """The same plan under other names; a name that the mappings lack stays."""
+        linears = tuple(
+            replace(
+                one,
+                linear=one.linear.renamed(parameters),
+                group=None if one.group is None else groups.get(one.group, one.group),
+            )
+            for one in self.linears
+        )
+        verdicts = tuple(replace(v, group=groups.get(v.group, v.group)) for v in self.verdicts)
+        return replace(self, linears=linears, verdicts=verdicts)
 
 
 def axis_order(axis: Axis, groups: Groups, orders: Orders) -> Permutation:

@@ -39,10 +39,19 @@ class Backup:
 _BACKUPS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 METADATA = frozenset(
-    "size dim stride numel nelement element_size is_floating_point is_complex is_inference "
-    "data_ptr untyped_storage storage_offset is_contiguous requires_grad_ __hash__ __len__ "
-    "has_names get_device ndimension _is_view is_set_to".split()
+    (
+        *("size", "dim", "ndimension", "stride", "numel", "nelement", "element_size", "__len__"),
+        *("is_floating_point", "is_complex", "is_inference", "is_contiguous", "is_set_to"),
+        *("data_ptr", "untyped_storage", "storage_offset", "get_device", "_is_view"),
+        *("requires_grad_", "__hash__"),
+    )
 )
+"""Methods that are answered without the weight's values."""
+
+OVERWRITES = frozenset(("copy_", "fill_", "zero_"))
+"""Writes that need nothing of what was there, so that a dropped weight can be loaded again."""
+
+INDEXING = ("__index__", "__int__", "__iter__", "__invert__")
 
 
 class Released(nn.Parameter):
@@ -63,6 +72,8 @@ class Released(nn.Parameter):
         target = args[0] if args else None
         if isinstance(target, Released) and _is_data(func, "__set__"):
             _forget(target)
+        elif isinstance(target, Released) and getattr(func, "__name__", "") in OVERWRITES:
+            _blank(target)
         elif isinstance(target, Released) and (_is_data(func, "__get__") or _writes(func)):
             restore(target)
         args, kwargs = tree_map_only(Released, values, (args, kwargs))
@@ -77,7 +88,7 @@ class Released(nn.Parameter):
         return whole.__reduce_ex__(protocol)
 
 
-def release(parameter: nn.Parameter, name: str, keep_backup: bool) -> None:
+def release(parameter: Tensor, name: str, keep_backup: bool) -> None:
     """Give ``parameter``'s memory back, in place.
 
     With ``keep_backup`` its values move to CPU memory first; without, they are gone.
@@ -101,6 +112,11 @@ def restore(parameter: Tensor) -> None:
 def discard_backup(parameter: Tensor) -> None:
     """Drop the CPU copy of a released parameter: reading it is an error from now on."""
     _BACKUPS[parameter] = Backup(_BACKUPS[parameter].name, None)
+
+
+def readable(parameter: Tensor | None) -> bool:
+    """Whether the parameter's values are still to be had."""
+    return not isinstance(parameter, Released) or _BACKUPS[parameter].values is not None
 
 
 def values(parameter: Tensor) -> Tensor:
@@ -134,6 +150,14 @@ def _forget(parameter: Tensor) -> None:
         del _BACKUPS[parameter]
 
 
+def _blank(parameter: Tensor) -> None:
+    """An ordinary parameter again, its contents undefined."""
+    with torch.inference_mode(False), torch.no_grad():
+        room = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+    _forget(parameter)
+    parameter.data = room
+
+
 def _is_data(func: Callable[..., Any], accessor: str) -> bool:
     return getattr(func, "__self__", None) is Tensor.data and func.__name__ == accessor
 
@@ -147,6 +171,6 @@ def _reads_only_metadata(func: Callable[..., Any]) -> bool:
 
 def _writes(func: Callable[..., Any]) -> bool:
     name = getattr(func, "__name__", "")
-    return name == "__setitem__" or name == "set_" or (name.endswith("_") and name[-2:] != "__") or (
-        name.startswith("__i") and name.endswith("__") and name not in ("__index__", "__int__", "__iter__", "__invert__")
-    )
+    in_place = name.endswith("_") and not name.endswith("__")
+    augmented = name.startswith("__i") and name.endswith("__") and name not in INDEXING
+    return in_place or augmented or name == "__setitem__"

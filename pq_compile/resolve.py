@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .errors import Refused
 
+CALLABLES = ("__code__", "__self__", "_torchdynamo_orig_callable", "func")
 WRAPPERS = ("_orig_mod", "_torchdynamo_orig_callable", "__wrapped__", "__self__", "func")
 
 
@@ -51,15 +52,12 @@ def _modules(obj: Any, seen: set[int]) -> Iterator[nn.Module]:
         inner += [cell.cell_contents for cell in obj.__closure__ or () if _filled(cell)]
         inner += [obj.__globals__[name] for name in code.co_names if name in obj.__globals__]
     for thing in inner:
-        if isinstance(thing, nn.Module | functools.partial) or hasattr(thing, "__code__") or hasattr(
-            thing, "__self__"
-        ) or hasattr(thing, "_torchdynamo_orig_callable"):
+        if isinstance(thing, nn.Module) or any(hasattr(thing, mark) for mark in CALLABLES):
             yield from _modules(thing, seen)
 
 
 def _filled(cell: Any) -> bool:
     try:
-        cell.cell_contents
+        return cell.cell_contents is not None
     except ValueError:
         return False
-    return True

@@ -1,0 +1,241 @@
+"""The backend: the whole pipeline, as one straight function.
+
+    capture -> propagate -> (observe, at call time) -> accept -> fold -> lower -> serve
+
+Graphs are analysed and lowered when Dynamo hands them over; statistics, plan and packed weights
+follow at call time, in ``unit``.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+import passes.accept
+import passes.calibrate
+import passes.capture
+import passes.fold
+import passes.lower
+import passes.policy
+import passes.propagate
+
+from . import ops  # registers the operators of the lowered graph
+from .dump import Dump
+from .errors import Refused
+from .options import Options
+from .plan import Groups, Linear
+from .released import Released
+from .runtime import CompiledGraph, Program, Site
+from .show import show
+from .unit import Needs, Passes
+
+log = logging.getLogger(__name__)
+
+# One graph observes and one serves, per resolution and kind of block; Dynamo's default of 8 graphs
+# per function would silently leave the ninth uncompiled.
+torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+
+PASSES = Passes(
+    observer=passes.calibrate.Observer,
+    merge=passes.propagate.merge,
+    rename=passes.propagate.rename,
+    extend=passes.propagate.extend,
+    plan=passes.accept.accept,
+    fold=passes.fold.fold,
+)
+
+
+def permuquant(
+    module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """What ``torch.compile(model, backend="permuquant")`` calls for every captured graph.
+
+    ``mode`` is Inductor's (GPU only); ``options`` are those of ``pq_compile.options.Options``.
+    Raises ``Refused`` for an unknown option, training, autocast, weights on the meta device, and a
+    whole model without a linear that can be quantised.
+    """
+    parsed = Options.parse(options)
+    _refuse_what_is_not_inference(example_inputs)
+    analysis = analyse(module, example_inputs, parsed)
+    if not analysis.lowered.packed and parsed.format != "none" and _is_whole_model():
+        raise Refused(nothing_to_quantise(analysis.graph, parsed))
+    _dump(Dump(parsed.dump), analysis)
+    compiled = None
+    weights = [example_inputs[i] for i in analysis.lowered.packed]
+    if parsed.release_weights == "keep" or all(isinstance(w, Released) for w in weights):
+        compiled = _compile(analysis.lowered, example_inputs, parsed, mode)
+    return CompiledGraph(analysis.program, parsed, PASSES, compiled)
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """All that can be known of a graph without running it."""
+
+    graph: passes.capture.Graph
+    lowered: passes.lower.Lowered
+    program: Program
+    weight_bytes: Mapping[str, int]  # of each parameter
+
+
+def analyse(module: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Analysis:
+    """Capture, propagate and lower one graph."""
+    graph = passes.capture.capture(module, example_inputs)
+    groups = passes.propagate.propagate(graph, example_inputs)
+    lowered = passes.lower.lower(graph.module, routes(graph, options), options.format)
+    program = _program(graph, groups, lowered, example_inputs)
+    sizes = {name: example_inputs[i].nbytes for i, name in program.parameters.items()}
+    return Analysis(graph, lowered, program, sizes)
+
+
+def routes(graph: passes.capture.Graph, options: Options) -> dict[str, str]:
+    """Node name -> route of every linear that is quantised."""
+    route_of = passes.policy.route_of
+    by_name = {one.name: route_of(one, options, graph.kept)[0] for one in graph.linears}
+    by_node = {node: by_name[name] for node, name in graph.nodes.items()}
+    return {node: route for node, route in by_node.items() if route != "keep"}
+
+
+def nothing_to_quantise(graph: passes.capture.Graph, options: Options) -> str:
+    """Why no linear of the graph can be quantised, and what to do."""
+    route_of = passes.policy.route_of
+    reasons = [f"{one.name}: {route_of(one, options, graph.kept)[1]}" for one in graph.linears]
+    reasons += [f"{name}: {reason}" for name, reason in graph.kept.items()]
+    why = "; ".join(reasons[:3]) if reasons else "it has no linear layer"
+    return (
+        f"permuquant: nothing in this model can be quantised ({why}). Compile a model with larger "
+        "linear layers, or use torch.compile's default backend"
+    )
+
+
+def _refuse_what_is_not_inference(example_inputs: Sequence[Any]) -> None:
+    tensors = [value for value in example_inputs if isinstance(value, Tensor)]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise Refused(
+            "permuquant: this is an inference backend, and the model was called with gradients "
+            "enabled; call it under torch.no_grad() or torch.inference_mode(), or freeze its "
+            "parameters with model.requires_grad_(False)"
+        )
+    for device in dict.fromkeys(tensor.device.type for tensor in tensors):
+        if device != "meta" and torch.is_autocast_enabled(device):
+            raise Refused(
+                f"permuquant: autocast is on for {device!r}; cast the model instead, for example "
+                "model.to(torch.bfloat16), and call it outside torch.autocast"
+            )
+    if any(tensor.is_meta for tensor in tensors):
+        raise Refused(
+            "permuquant: the model or its inputs are on the meta device; load real weights first "
+            "(pq_compile.explain works on meta tensors)"
+        )
+
+
+def _program(
+    graph: passes.capture.Graph,
+    groups: Groups,
+    lowered: passes.lower.Lowered,
+    example_inputs: Sequence[Any],
+) -> Program:
+    placeholders = graph.module.graph.find_nodes(op="placeholder")
+    parameters = {graph.positions[name]: name for name in graph.parameters.values()}
+    inputs = {
+        i: node.name.removeprefix("l_").removesuffix("_")
+        for i, node in enumerate(placeholders)
+        if i not in parameters and isinstance(example_inputs[i], Tensor)
+    }
+    dense = {source.index for source in lowered.sources if source.field is None}
+    needs = Needs(
+        groups,
+        unique(graph.linears),
+        graph.kept,
+        frozenset(parameters[i] for i in lowered.packed),
+        frozenset(name for i, name in parameters.items() if i in dense),
+    )
+    sources = tuple((source.index, source.field) for source in lowered.sources)
+    sites = _sites(graph, lowered)
+    return Program(graph.module, lowered.module, sources, parameters, inputs, sites, needs)
+
+
+def unique(linears: Sequence[Linear]) -> tuple[Linear, ...]:
+    """One linear per weight: the first that reads it."""
+    return tuple({linear.weight: linear for linear in reversed(linears)}.values())[::-1]
+
+
+def _sites(graph: passes.capture.Graph, lowered: passes.lower.Lowered) -> tuple[Site, ...]:
+    """The tensors that quantised linears read, each with the weights that read it."""
+    placeholders = graph.module.graph.find_nodes(op="placeholder")
+    index = {node: i for i, node in enumerate(placeholders)}
+    readers: dict[fx.Node, list[int]] = {}
+    for node in graph.module.graph.nodes:
+        if node.name in graph.nodes:
+            x, weight, _ = passes.lower.operands(node)
+            if index[weight] in lowered.packed:
+                readers.setdefault(x, []).append(index[weight])
+    return tuple(Site(node, tuple(dict.fromkeys(weights))) for node, weights in readers.items())
+
+
+def _compile(
+    lowered: passes.lower.Lowered,
+    example_inputs: Sequence[Any],
+    options: Options,
+    mode: str | None,
+) -> Callable[..., Any]:
+    """The lowered graph through Inductor on a GPU; on a CPU it runs as it is, by the reference."""
+    tensors = [value for value in example_inputs if isinstance(value, Tensor)]
+    if not any(tensor.is_cuda for tensor in tensors):
+        return lowered.module
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    context = torch._guards.TracingContext.try_get()
+    fakes = passes.lower.example_inputs(
+        lowered, example_inputs, options.format, context.fake_mode if context else None
+    )
+    patches = list_mode_options(mode) if mode else None
+    return compile_fx(lowered.module, fakes, config_patches=patches)  # type: ignore[return-value]
+
+
+def _dump(dump: Dump, analysis: Analysis) -> None:
+    if dump.folder is None:
+        return
+    names = analysis.graph.parameters
+    dump.write("00_capture", show(analysis.graph.module, names))
+    dump.write("01_groups", show(analysis.program.needs.groups))
+    dump.write("05_lowered", show(analysis.lowered.module, names))
+
+
+def _is_whole_model() -> bool:
+    """Whether Dynamo sees all of the user's call in one graph: no break, no enclosing frame.
+
+    Where Dynamo's internals cannot tell, the answer is no: a part of a model may hold no linear.
+    """
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        tx: Any = InstructionTranslator.current_tx()
+        broken = tx.output.compile_subgraph_reason.graph_break
+        resumed = tx.f_code.co_name.startswith("torch_dynamo_resume_in")
+    except AttributeError:
+        return False
+    return not broken and not resumed and not _called_by_a_compiled_frame()
+
+
+def _called_by_a_compiled_frame() -> bool:
+    """Between Dynamo's entry and its compiler the stack holds a frame that is not torch's own."""
+    frame, below = sys._getframe(), []
+    while frame is not None and frame.f_code.co_name != "compile_wrapper":
+        below.append(frame.f_code.co_filename)
+        frame = frame.f_back  # type: ignore[assignment]
+    ours = ("/torch/", "/pq_compile/", "/passes/")
+    return not all(any(part in name for part in ours) for name in below)
+
+
+__all__ = ["PASSES", "ops", "permuquant"]

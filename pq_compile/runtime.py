@@ -1,0 +1,236 @@
+"""What Dynamo calls in place of a captured graph: observes, then serves the lowered graph.
+
+Parameters stay inputs. At each call the arguments are matched with a *binding*: the parameters this
+graph is being run with, and the unit they belong to. One compiled graph so serves every block of a
+kind, a second instance of a class, and weights that have changed.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
+
+from . import progress
+from .errors import Refused
+from .options import Options
+from .unit import OWNERS, Needs, Passes, Unit
+
+HELD: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""Parameters whose calibration ends only when the user says so."""
+
+_LOCK = threading.RLock()
+
+
+@dataclass(frozen=True)
+class Site:
+    """A tensor that calibration observes: the linears at these argument indices read it."""
+
+    node: fx.Node
+    weights: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Program:
+    """A captured graph, analysed and lowered; nothing of it depends on a parameter's values."""
+
+    module: fx.GraphModule
+    lowered: fx.GraphModule
+    sources: tuple[tuple[int, int | None], ...]  # per lowered input: argument, field if packed
+    parameters: Mapping[int, str]  # argument -> name in the user's model
+    inputs: Mapping[int, str]  # other tensor arguments -> name
+    sites: tuple[Site, ...]
+    needs: Needs
+
+
+@dataclass
+class Binding:
+    """The parameters one graph is run with. ``flat`` holds what does not change between calls."""
+
+    unit: Unit
+    names: Mapping[int, str]  # argument -> the unit's name
+    references: tuple[tuple[int, TensorWeakRef], ...]
+    generation: int = -1
+    replaced: tuple[tuple[int, Tensor], ...] = ()  # lowered input -> tensor that serves there
+    checks: tuple[tuple[int, tuple[Any, ...]], ...] = ()  # argument -> its staleness key
+
+    def matches(self, args: Sequence[Any]) -> bool:
+        return not self.unit.merged_away and all(ref() is args[i] for i, ref in self.references)
+
+
+class CompiledGraph:
+    """The callable that stands for one captured graph."""
+
+    def __init__(
+        self,
+        program: Program,
+        options: Options,
+        passes: Passes,
+        compiled: Callable[..., Any] | None,
+    ) -> None:
+        self.program = program
+        self.options = options
+        self.passes = passes
+        self.compiled = compiled  # of the lowered graph; None while weights are yet to be released
+        self._bindings: list[Binding] = []
+        self._local = threading.local()
+        self._observed = _observed(program, self._record)
+
+    def __call__(self, *args: Any) -> Any:
+        binding = self.bind(args)
+        if not binding.unit.frozen:
+            observed = self._observe(binding, args)
+            if observed is not None:
+                return observed
+        return self._serve(binding, args)
+
+    # ---------------------------------------------------------------- binding
+
+    def bind(self, args: Sequence[Any]) -> Binding:
+        """The binding of these arguments, made on their first call."""
+        for binding in self._bindings:
+            if binding.matches(args):
+                return binding
+        with _LOCK:
+            self._bindings = [
+                b for b in self._bindings if all(ref() is not None for _, ref in b.references)
+            ]
+            binding = self._new_binding(args)
+            self._bindings = [binding, *self._bindings]
+            return binding
+
+    def _new_binding(self, args: Sequence[Any]) -> Binding:
+        tensors = {i: args[i] for i in self.program.parameters}
+        owners = dict.fromkeys(OWNERS[t][0] for t in tensors.values() if t in OWNERS)
+        unit = self._joint_unit(list(owners))
+        names = {
+            i: OWNERS[tensor][1]
+            if tensor in OWNERS
+            else unit.adopt(tensor, self.program.parameters[i])
+            for i, tensor in tensors.items()
+        }
+        renames = {self.program.parameters[i]: name for i, name in names.items()}
+        unit.join(self.program.needs.renamed(renames, self.passes.rename))
+        return Binding(unit, names, tuple((i, TensorWeakRef(t)) for i, t in tensors.items()))
+
+    def _joint_unit(self, owners: list[Unit]) -> Unit:
+        """The one unit of these parameters; units that meet in a graph are observed anew as one."""
+        alike = [unit for unit in owners if unit.options == self.options]
+        if len(owners) == len(alike) == 1:
+            return alike[0]
+        joint = Unit(self.options, self.passes)
+        for unit in owners:
+            unit.thaw()
+            renames = {
+                name: joint.adopt(tensor, name) for name, tensor in unit.parameters().items()
+            }
+            joint.join(unit.needs.renamed(renames, self.passes.rename))
+            unit.merged_away = True
+        return joint
+
+    # ---------------------------------------------------------------- observe
+
+    def _observe(self, binding: Binding, args: Sequence[Any]) -> Any:
+        """Answer in the model's own precision and learn; None once the unit is frozen."""
+        unit = binding.unit
+        with unit.lock:
+            if unit.frozen:
+                return None
+            held = any(ref() in HELD for _, ref in binding.references[:1])
+            if unit.options.observed_calls == 0 and not held:
+                self._freeze(unit)
+                return None if unit.frozen else self.program.module(*args)
+            if unit.failure is not None:
+                return self.program.module(*args)
+            unit.observer.begin_call({name: args[i] for i, name in self.program.inputs.items()})
+            self._local.binding = binding
+            out = self._observed(*args)
+            unit.calls += 1
+            if unit.options.progress:
+                progress.observed(unit, unit.options.observed_calls if not held else None)
+            if unit.ready and not held:
+                self._freeze(unit)
+            return out
+
+    def _record(self, x: Tensor, site: int) -> None:
+        binding: Binding = self._local.binding
+        weights = [binding.names[i] for i in self.program.sites[site].weights]
+        binding.unit.observer.observe(x, weights)
+
+    def _freeze(self, unit: Unit) -> None:
+        try:
+            unit.freeze()
+        except Refused:
+            raise
+        except Exception as error:
+            unit.failure = f"{type(error).__name__}: {error}"
+            warnings.warn(
+                f"permuquant: freezing failed ({unit.failure}); the model goes on in its own "
+                "precision. Call pq_compile.freeze(model) to try again.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        finally:
+            progress.done(unit)
+
+    # ---------------------------------------------------------------- serve
+
+    def _serve(self, binding: Binding, args: Sequence[Any]) -> Any:
+        if binding.generation != binding.unit.generation or not _fresh(binding, args):
+            self._update(binding, args)
+        flat = [args[index] for index, _ in self.program.sources]
+        for position, tensor in binding.replaced:
+            flat[position] = tensor
+        run = self.compiled or self.program.lowered
+        return run(*flat)
+
+    def _update(self, binding: Binding, args: Sequence[Any]) -> None:
+        """Look the entries of all parameters up again, packing what has changed."""
+        with binding.unit.lock:
+            entries = {i: binding.unit.entry(name, args[i]) for i, name in binding.names.items()}
+            replaced: list[tuple[int, Tensor]] = []
+            for position, (index, field) in enumerate(self.program.sources):
+                entry = entries.get(index)
+                if entry is None:
+                    continue
+                if field is not None:
+                    assert entry.packed is not None
+                    replaced.append((position, entry.packed[field]))
+                elif entry.folded is not None:
+                    replaced.append((position, entry.folded))
+            binding.replaced = tuple(replaced)
+            binding.checks = tuple((i, entry.key) for i, entry in entries.items())
+            binding.generation = binding.unit.generation
+
+
+def _fresh(binding: Binding, args: Sequence[Any]) -> bool:
+    """No parameter was written, replaced or moved since its entry was made."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return all(_key(args[i]) == key for i, key in binding.checks)
+
+
+def _key(tensor: Tensor) -> tuple[Any, ...]:
+    version = -1 if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), version, tensor.device, tensor.dtype
+
+
+def _observed(program: Program, record: Callable[[Tensor, int], None]) -> fx.GraphModule:
+    """A copy of the captured graph that hands every site's tensor to ``record``; run eagerly."""
+
+    def observe(x: Tensor, site: int) -> None:  # an fx target must be a function with a name
+        record(x, site)
+
+    sites = {site.node: i for i, site in enumerate(program.sites)}
+    graph = fx.Graph()
+    new: dict[fx.Node, fx.Node] = {}
+    for node in program.module.graph.nodes:
+        new[node] = graph.node_copy(node, lambda old: new[old])
+        if node in sites:
+            graph.call_function(observe, (new[node], sites[node]))
+    return fx.GraphModule(program.module, graph)

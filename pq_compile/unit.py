@@ -1,0 +1,336 @@
+"""A unit: the parameters that are frozen together, and their life: observe, freeze, serve.
+
+A unit is a connected component of graphs and parameters: all graphs that were ever called with a
+parameter of it belong to it (another resolution, classifier-free guidance at another batch size).
+Under regional compilation every block is a unit of its own, though all share one compiled graph.
+
+Entries (packed weights, reordered copies) are found by the parameter object passed at call time and
+compared with its staleness key, so that a loaded, merged or moved weight is packed again.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
+
+from .errors import Refused
+from .formats import FORMATS
+from .options import Options
+from .permutation import Permutation
+from .plan import Axis, Groups, Linear, Orders, Plan, Statistics, axis_order
+from .released import (
+    Released,
+    discard_backup,
+    readable,
+    release,
+    restore,
+    staleness_key,
+    values,
+)
+
+log = logging.getLogger(__name__)
+
+OWNERS: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""parameter -> (its unit, its name there); entries die with the parameter."""
+
+
+class Observing(Protocol):
+    """What a unit needs of ``passes.calibrate.Observer``."""
+
+    def begin_call(self, inputs: Mapping[str, Tensor]) -> None: ...
+    def observe(self, x: Tensor, weights: Sequence[str]) -> None: ...
+    def finish(self) -> dict[str, Statistics]: ...
+    def warnings(self) -> tuple[str, ...]: ...
+
+
+Rename = Callable[[Groups, Mapping[str, str]], Groups]
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The passes that a unit runs when it freezes, handed in by the backend."""
+
+    observer: Callable[[int], Observing]
+    merge: Callable[[Sequence[Groups]], Groups]
+    rename: Rename
+    extend: Callable[[Mapping[Axis, Permutation], Groups], tuple[Orders, tuple[str, ...]]]
+    plan: Callable[..., Plan]
+    fold: Callable[[str, Tensor, Groups, Orders], Tensor]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What one graph asks of its parameters, by name."""
+
+    groups: Groups
+    linears: tuple[Linear, ...]
+    kept: Mapping[str, str]
+    packed: frozenset[str]  # weights wanted packed
+    dense: frozenset[str]  # parameters read as they are
+
+    def renamed(self, names: Mapping[str, str], rename: Rename) -> Needs:
+        """The same with other parameter names; a name that ``names`` lacks stays."""
+        return Needs(
+            rename(self.groups, names),
+            tuple(linear.renamed(names) for linear in self.linears),
+            self.kept,
+            frozenset(names.get(name, name) for name in self.packed),
+            frozenset(names.get(name, name) for name in self.dense),
+        )
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What serves in place of one parameter, and the key of the values it was made from."""
+
+    packed: tuple[Tensor, ...] | None
+    folded: Tensor | None
+    key: tuple[Any, ...]
+
+
+class Unit:
+    """Parameters frozen together. Its methods take the lock themselves; reads are lock-free."""
+
+    def __init__(self, options: Options, passes: Passes) -> None:
+        self.options = options
+        self.passes = passes
+        self.lock = threading.RLock()
+        self.calls = 0
+        self.generation = 0  # grows whenever entries change
+        self.merged_away = False
+        self.failure: str | None = None
+        self.plan: Plan | None = None
+        self.orders: Orders = {}
+        self.notes: tuple[str, ...] = ()
+        self.seconds: dict[str, float] = {}
+        self.needs = Needs(Groups({}, ()), (), {}, frozenset(), frozenset())
+        self.observer = passes.observer(options.seed)
+        self._references: dict[str, TensorWeakRef] = {}
+        self._entries: dict[str, Entry] = {}
+
+    # ---------------------------------------------------------------- parameters and graphs
+
+    @property
+    def frozen(self) -> bool:
+        return self.plan is not None
+
+    @property
+    def ready(self) -> bool:
+        return self.failure is None and self.calls >= self.options.observed_calls
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The unit's parameters that are still alive, by name."""
+        alive = {name: reference() for name, reference in self._references.items()}
+        return {name: tensor for name, tensor in alive.items() if tensor is not None}
+
+    def adopt(self, tensor: Tensor, wish: str) -> str:
+        """Make ``tensor`` a parameter of this unit; returns its name, ``wish`` if that is free."""
+        name, n = wish, 2
+        while name in self._references and self._references[name]() is not None:
+            name, n = f"{wish}#{n}", n + 1
+        self._references[name] = TensorWeakRef(tensor)
+        OWNERS[tensor] = (self, name)
+        return name
+
+    def join(self, needs: Needs) -> None:
+        """Take one more graph over this unit's parameters (names are the unit's).
+
+        After freezing, orders that the graph does not allow are given up and the weights packed
+        again from their originals; ``Refused`` where those were dropped.
+        """
+        with self.lock:
+            known = {linear.weight for linear in self.needs.linears}
+            joint = Needs(
+                groups=self.passes.merge([self.needs.groups, needs.groups]),
+                linears=self.needs.linears
+                + tuple(linear for linear in needs.linears if linear.weight not in known),
+                kept={**needs.kept, **self.needs.kept},
+                packed=self.needs.packed | needs.packed,
+                dense=self.needs.dense | needs.dense,
+            )
+            if self.plan is None:
+                self.needs = joint
+            else:
+                self._extend(joint)
+
+    def _extend(self, joint: Needs) -> None:
+        """Bring a frozen unit into an order that is legal in one more graph."""
+        assert self.plan is not None
+        before = {axis: axis_order(axis, self.needs.groups, self.orders) for axis in self._axes()}
+        orders, culprits = self.passes.extend(before, joint.groups)
+        changed = {
+            axis.parameter
+            for axis, order in before.items()
+            if axis_order(axis, joint.groups, orders) != order
+        }
+        tensors = self.parameters()
+        dropped = [name for name in sorted(changed) if not readable(tensors.get(name))]
+        if dropped:
+            raise Refused(
+                f"permuquant: this call needs {dropped[0]} in another order"
+                f" ({'; '.join(culprits)}), but its original was dropped; compile with"
+                " release_weights='backup', or calibrate with calls of this kind too"
+            )
+        known = {linear.weight for linear in self.needs.linears}
+        late = [linear for linear in joint.linears if linear.weight not in known]
+        plan = self.plan
+        if late:
+            rtn = replace(self.options, recipe="rtn")
+            added = self.passes.plan(joint.groups, late, joint.kept, {}, tensors, rtn).linears
+            reason = "first seen after freezing: order kept"
+            plan = replace(
+                plan, linears=plan.linears + tuple(replace(one, reason=reason) for one in added)
+            )
+        self.needs, self.orders = joint, orders
+        self.plan = replace(plan, orders=orders)
+        self.notes += tuple(f"order given up: {culprit}" for culprit in culprits)
+        for name in changed:
+            self._entries.pop(name, None)
+        self.generation += 1
+
+    def _axes(self) -> Iterable[Axis]:
+        return self.needs.groups.segments.keys()
+
+    # ---------------------------------------------------------------- observe -> freeze
+
+    def freeze(self) -> None:
+        """Make the plan, fold and pack; on any failure the unit stays in its own precision."""
+        with self.lock:
+            if self.plan is not None:
+                return
+            start = time.perf_counter()
+            tensors = self.parameters()
+            needs = self.needs
+            plan = self.passes.plan(
+                needs.groups,
+                needs.linears,
+                needs.kept,
+                self.observer.finish(),
+                tensors,
+                self.options,
+            )
+            planned = time.perf_counter()
+            self.orders = plan.orders
+            try:
+                self._entries = self._make_all(tensors)
+            except BaseException:
+                self.orders = {}
+                raise
+            self.plan = plan
+            self.failure = None
+            self.notes = self.observer.warnings()
+            self.generation += 1
+            self.observer = self.passes.observer(
+                self.options.seed
+            )  # its rows are not needed any more
+            self.seconds = {"plan": planned - start, "pack": time.perf_counter() - planned}
+            log.info("frozen: %d linears, %s", len(plan.linears), self.seconds)
+
+    def _make_all(self, tensors: Mapping[str, Tensor]) -> dict[str, Entry]:
+        """Entries for all parameters, releasing as it goes; all restored if anything fails."""
+        entries: dict[str, Entry] = {}
+        done: list[Tensor] = []
+        try:
+            for name in sorted(self.needs.packed | self.needs.dense):
+                if name in tensors:
+                    done.append(tensors[name])
+                    entries[name] = self._make(name, tensors[name])
+        except BaseException:
+            for tensor in done:
+                with suppress(Refused):
+                    restore(tensor)
+            raise
+        if self.options.release_weights == "drop":
+            for tensor in done:
+                if isinstance(tensor, Released):
+                    discard_backup(tensor)
+        return entries
+
+    @torch.no_grad()
+    def _make(self, name: str, tensor: Tensor) -> Entry:
+        """Fold and pack one parameter, and release it if nothing reads the original any more."""
+        with torch.inference_mode(False):
+            original = values(tensor)
+            reordered = self.passes.fold(name, original, self.needs.groups, self.orders)
+            folded = None if reordered is original or name not in self.needs.dense else reordered
+            packed = None
+            if name in self.needs.packed:
+                _check_finite(name, original)
+                format_ = FORMATS[self.options.format]
+                packed = format_.quantize(format_.pad(reordered.to(_compute_dtype(reordered))))
+        if packed is not None and name not in self.needs.dense and self._releases(tensor):
+            release(tensor, name, keep_backup=True)
+        return Entry(packed, folded, staleness_key(tensor))
+
+    def _releases(self, tensor: Tensor) -> bool:
+        return (
+            self.options.release_weights != "keep"
+            and isinstance(tensor, nn.Parameter)
+            and not isinstance(tensor, Released)
+        )
+
+    def thaw(self) -> None:
+        """Back to observing, every original restored. ``Refused`` if originals were dropped."""
+        with self.lock:
+            for name, tensor in self.parameters().items():
+                if not readable(tensor):
+                    raise Refused(
+                        f"permuquant: {name} was dropped after packing and can't be restored"
+                    )
+            for tensor in self.parameters().values():
+                restore(tensor)
+            self.plan, self.orders, self._entries, self.calls = None, {}, {}, 0
+            self.failure, self.notes = None, ()
+            self.observer = self.passes.observer(self.options.seed)
+            self.generation += 1
+
+    # ---------------------------------------------------------------- serve
+
+    def entry(self, name: str, tensor: Tensor) -> Entry:
+        """What serves in place of ``tensor``; made again if its values have changed since."""
+        entry = self._entries.get(name)
+        if entry is not None and entry.key == staleness_key(tensor):
+            return entry
+        with self.lock:
+            entry = self._entries[name] = self._make(name, tensor)
+            if self.options.release_weights == "drop" and isinstance(tensor, Released):
+                discard_backup(tensor)
+            self.generation += 1
+            return entry
+
+    def refresh(self) -> None:
+        """Pack again, at the next call, every weight whose original is still at hand."""
+        with self.lock:
+            for name, tensor in self.parameters().items():
+                if readable(tensor):
+                    self._entries.pop(name, None)
+            self.generation += 1
+
+    def bytes_served(self) -> int:
+        """Bytes of what serves: packed and reordered copies, and originals read as they are."""
+        total = 0
+        for name, tensor in self.parameters().items():
+            entry = self._entries.get(name)
+            made = () if entry is None else (*(entry.packed or ()), entry.folded)
+            total += sum(one.nbytes for one in made if one is not None)
+            if not isinstance(tensor, Released):
+                total += tensor.nbytes
+        return total
+
+
+def _check_finite(name: str, weight: Tensor) -> None:
+    if not bool(torch.isfinite(weight).all()):
+        raise Refused(f"permuquant: the weight {name} holds NaN or Inf; load its real values first")
+
+
+def _compute_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
