@@ -1,20 +1,20 @@
 """An order is kept only if it pays on rows that it was not chosen by.
 
-Error always means ``||X W' - Q(X) Q(W)'||^2 / ||X W'||^2`` of a linear's output, the channels of X
-and W in the order in question (``X P' (W P')' = X W'``, so the exact output needs no order).
+Every free group tries a sort for each alpha against the order as it stands; the best one on the
+rows to fit to is accepted if its gain on the rows held out, (before - after) / before, is above
+tau. Errors are those of ``judge``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from math import isfinite
 
 import torch
 from torch import Tensor
 
 from pq_compile.errors import Refused
-from pq_compile.formats import FORMATS, Format
+from pq_compile.formats import FORMATS
 from pq_compile.options import Options
 from pq_compile.permutation import Permutation
 from pq_compile.plan import (
@@ -26,53 +26,13 @@ from pq_compile.plan import (
     Plan,
     Statistics,
     Verdict,
-    axis_order,
 )
 
+from .judge import Evidence
 from .policy import route_of
 from .reorder import candidates, readers
 
-OUTPUTS = 512
-"""Output channels of a weight that errors are taken over, evenly spaced."""
-
-
-@dataclass(frozen=True)
-class _Evidence:
-    """What judging needs: the quantised linears, their routes, what they read and hold."""
-
-    groups: Groups
-    format: Format | None
-    routes: Mapping[str, str]  # of each weight
-    stats: Mapping[str, Statistics]
-    weights: Mapping[str, Tensor]
-
-    def can_judge(self, linear: Linear) -> bool:
-        weight = self.weights.get(linear.weight)
-        return (
-            self.format is not None
-            and self.routes[linear.weight] != "keep"
-            and linear.weight in self.stats
-            and weight is not None
-            and not weight.is_meta
-        )
-
-    def errors(self, linear: Linear, side: str, orders: Sequence[Orders]) -> list[float]:
-        """The error of one linear under each of ``orders``, on its "fit" or "held_out" rows."""
-        assert self.format is not None
-        return output_errors(
-            getattr(self.stats[linear.weight], side),
-            self.weights[linear.weight].detach(),
-            [self.order(linear, each) for each in orders],
-            self.format,
-            quantise_rows=self.routes[linear.weight] == "w4a4",
-        )
-
-    def order(self, linear: Linear, orders: Orders) -> Permutation | None:
-        """Of its input channels; None where none of them moves."""
-        segments = self.groups.segments.get(linear.input_axis, ())
-        if not any(segment.leaf in orders for segment in segments):
-            return None
-        return axis_order(linear.input_axis, self.groups, orders)
+Decision = tuple[Verdict, Orders]
 
 
 def accept(
@@ -90,11 +50,12 @@ def accept(
     Groups are decided in order, each with the orders accepted before it in force. Raises
     ``Refused`` if no linear can be quantised, unless the format is "none".
     """
-    unique = tuple({linear.weight: linear for linear in reversed(linears)}.values())[::-1]
+    first = {linear.weight: linear for linear in reversed(linears)}
+    unique = tuple(linear for linear in linears if first[linear.weight] is linear)
     routes = {linear.weight: route_of(linear, options, kept) for linear in unique}
     if options.format != "none":
         _require_one_quantised(unique, routes, kept)
-    evidence = _Evidence(
+    evidence = Evidence(
         groups,
         FORMATS.get(options.format),
         {weight: route for weight, (route, _) in routes.items()},
@@ -102,12 +63,12 @@ def accept(
         weights,
     )
     orders, verdicts = _decide(evidence, unique, options)
-    accepted = frozenset(verdict.group for verdict in verdicts if verdict.accepted)
+    owners = {leaf: group for group in groups.groups for leaf in group.leaves}
     return Plan(
         recipe=options.recipe,
         format=options.format,
         linears=tuple(
-            _linear_plan(linear, routes[linear.weight], evidence, orders, accepted)
+            _linear_plan(linear, routes[linear.weight], evidence, orders, owners)
             for linear in unique
         ),
         orders=orders,
@@ -115,71 +76,54 @@ def accept(
     )
 
 
-def output_errors(
-    rows: Tensor,
-    weight: Tensor,
-    orders: Sequence[Permutation | None],
-    format: Format,
-    *,
-    quantise_rows: bool,
-) -> list[float]:
-    """The error under each order (None: as it stands) of ``rows`` [R, K] through ``weight`` [N, K].
-
-    In fp32, or in fp64 if both operands are; on the weight's device; over at most ``OUTPUTS``
-    evenly spaced output channels; tensor scales are those of the operands given. Operands whose
-    output is exactly zero have the error 0.
-    """
-    dtype = torch.promote_types(torch.promote_types(rows.dtype, weight.dtype), torch.float32)
-    if len(weight) > OUTPUTS:
-        chosen = torch.arange(OUTPUTS, device=weight.device) * len(weight) // OUTPUTS
-        weight = weight.index_select(0, chosen)
-    weight = weight.to(dtype)
-    rows = rows.to(weight.device, dtype)
-    exact = rows @ weight.T
-    power = exact.double().square().sum()
-
-    def error(order: Permutation | None) -> float:
-        x, w = (rows, weight) if order is None else (order.apply(rows, 1), order.apply(weight, 1))
-        x = format.fake(format.pad(x)) if quantise_rows else format.pad(x)
-        lost = (x @ format.fake(format.pad(w)).T).sub_(exact)
-        return float(lost.double().square().sum() / power) if power != 0 else 0.0
-
-    return [error(order) for order in orders]
-
-
 def _decide(
-    evidence: _Evidence, linears: Sequence[Linear], options: Options
+    evidence: Evidence, linears: Sequence[Linear], options: Options
 ) -> tuple[Orders, tuple[Verdict, ...]]:
     """The accepted orders, and a verdict for each group in the order of the groups."""
     quantised = [linear for linear in linears if evidence.routes[linear.weight] != "keep"]
     read_by = readers(evidence.groups, quantised)
-    generator = torch.Generator().manual_seed(options.seed)
+    draw = torch.Generator().manual_seed(options.seed)
     orders: dict[int, Permutation] = {}
     verdicts: list[Verdict] = []
     for group in evidence.groups.groups:
-        if not group.free:
-            found = _refused(group, f"pinned by {'; '.join(group.pinned_by)}"), {}
-        elif options.recipe == "random":
-            found = _random(group, read_by[group.name], evidence, orders, generator)
-        elif options.recipe == "rtn":
-            found = _refused(group, "recipe rtn keeps the order"), {}
-        else:
-            found = _sorted(group, read_by[group.name], evidence, orders, options)
-        verdict, order = found
+        verdict, order = _decide_one(group, read_by[group.name], evidence, orders, options, draw)
         verdicts.append(verdict)
         if verdict.accepted:
             orders |= order
     return orders, tuple(verdicts)
 
 
+def _decide_one(
+    group: Group,
+    linears: Sequence[Linear],
+    evidence: Evidence,
+    orders: Orders,
+    options: Options,
+    draw: torch.Generator,
+) -> Decision:
+    """``linears``: the quantised ones that read the group; ``orders``: accepted before it."""
+    if not group.free:
+        return _refused(group, f"pinned by {'; '.join(group.pinned_by)}")
+    if options.recipe == "rtn":
+        return _refused(group, "recipe rtn keeps the order")
+    if options.recipe == "random":
+        return _random(group, linears, evidence, orders, draw)
+    if not linears:
+        return _refused(group, "no quantised linear reads it")
+    blind = [linear.name for linear in linears if not evidence.can_judge(linear)]
+    if blind:
+        return _refused(group, f"no calibration data for {blind[0]}")
+    return _sorted(group, linears, evidence, orders, options)
+
+
 def _random(
     group: Group,
     linears: Sequence[Linear],
-    evidence: _Evidence,
+    evidence: Evidence,
     orders: Orders,
-    generator: torch.Generator,
-) -> tuple[Verdict, Orders]:
-    order = {leaf: Permutation.random(group.size, generator) for leaf in group.leaves}
+    draw: torch.Generator,
+) -> Decision:
+    order = {leaf: Permutation.random(group.size, draw) for leaf in group.leaves}
     reason = "recipe random takes any order"
     if not linears or not all(evidence.can_judge(linear) for linear in linears):
         return Verdict(group.name, True, None, None, reason), order
@@ -190,16 +134,11 @@ def _random(
 def _sorted(
     group: Group,
     linears: Sequence[Linear],
-    evidence: _Evidence,
+    evidence: Evidence,
     orders: Orders,
     options: Options,
-) -> tuple[Verdict, Orders]:
+) -> Decision:
     """The best alpha on the rows to fit to; accepted if it also pays on those held out."""
-    if not linears:
-        return _refused(group, "no quantised linear reads it"), {}
-    blind = [linear.name for linear in linears if not evidence.can_judge(linear)]
-    if blind:
-        return _refused(group, f"no calibration data for {blind[0]}"), {}
     sorts = candidates(
         group, evidence.groups, linears, evidence.stats, evidence.weights, options.alpha
     )
@@ -228,33 +167,30 @@ def _gain(before: float, after: float) -> float:
 
 
 def _means(
-    evidence: _Evidence, linears: Sequence[Linear], side: str, orders: Sequence[Orders]
+    evidence: Evidence, linears: Sequence[Linear], side: str, orders: Sequence[Orders]
 ) -> list[float]:
     """Under each of ``orders``, the mean error of the linears."""
     errors = [evidence.errors(linear, side, orders) for linear in linears]
     return [sum(each) / len(linears) for each in zip(*errors, strict=True)]
 
 
-def _refused(group: Group, reason: str) -> Verdict:
-    return Verdict(group.name, False, None, None, reason)
+def _refused(group: Group, reason: str) -> Decision:
+    return Verdict(group.name, False, None, None, reason), {}
 
 
 def _linear_plan(
     linear: Linear,
     route: tuple[str, str],
-    evidence: _Evidence,
+    evidence: Evidence,
     orders: Orders,
-    accepted: frozenset[str],
+    owners: Mapping[int, Group],
 ) -> LinearPlan:
     segments = evidence.groups.segments.get(linear.input_axis, ())
-    leaves = {segment.leaf for segment in segments}
-    owners = {leaf: group for group in evidence.groups.groups for leaf in group.leaves}
     mine = [owners.get(segment.leaf) for segment in segments]
+    moves = any(segment.leaf in orders for segment in segments)
     before = after = None
     if evidence.can_judge(linear):
-        before, *moved = evidence.errors(
-            linear, "held_out", [{}, orders] if leaves & orders.keys() else [{}]
-        )
+        before, *moved = evidence.errors(linear, "held_out", [{}, orders] if moves else [{}])
         after = moved[0] if moved else before
     return LinearPlan(
         linear=linear,
@@ -262,14 +198,14 @@ def _linear_plan(
         reason=route[1],
         group=next((group.name for group in mine if group), None),
         free=bool(mine) and all(group is not None and group.free for group in mine),
-        accepted=any(group is not None and group.name in accepted for group in mine),
+        accepted=moves,
         error_before=before,
         error_after=after,
         bits_per_weight=_bits(linear, route[0], evidence),
     )
 
 
-def _bits(linear: Linear, route: str, evidence: _Evidence) -> float | None:
+def _bits(linear: Linear, route: str, evidence: Evidence) -> float | None:
     if route != "keep" and evidence.format is not None:
         return evidence.format.bits_per_weight(linear.out_features, linear.in_features)
     weight = evidence.weights.get(linear.weight)
