@@ -80,9 +80,7 @@ def load_model(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.bfl
 
     Raises ``Refused`` where the folder, the device or the diffusers package is missing.
     """
-    _require_folder(folder)
-    if device == "cuda" and not torch.cuda.is_available():
-        raise Refused("permuquant: device 'cuda' was asked for, and torch sees no CUDA device here")
+    _require(folder, device)
     try:
         from diffusers import FluxTransformer2DModel
         from diffusers.utils import logging
@@ -101,8 +99,11 @@ def load_prompts(
     device: str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
 ) -> Prompts:
-    """The prompts of the named splits, "calibration" or "evaluation", one after the other."""
-    _require_folder(folder)
+    """The prompts of the named splits, "calibration" or "evaluation", one after the other.
+
+    Raises ``Refused`` where the folder or the device is missing.
+    """
+    _require(folder, device)
     from safetensors import safe_open
 
     names: list[str] = []
@@ -187,7 +188,9 @@ def starting_noise(count: int, seed: int, device: str = "cpu") -> Tensor:
     return torch.randn(count, TOKENS, CHANNELS, generator=generator).to(device)
 
 
-def _require_folder(folder: Path) -> None:
+def _require(folder: Path, device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise Refused("permuquant: device 'cuda' was asked for, and torch sees no CUDA device here")
     if not (folder / "config.json").is_file():
         raise Refused(
             f"permuquant: no emoji-flux weights in {folder}; they are in the project's repository "
