@@ -1,0 +1,234 @@
+"""NVFP4 kernels: a frozen spec -> Triton source text (pure) -> loaded once -> launched.
+
+The torch reference of each kernel stands beside it and has its signature. Operands: packed uint8
+[rows, K/2], e4m3 scales [rows, K/16], tensor scale fp32 []; K is the padded one, a multiple of 16.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import linecache
+from dataclasses import dataclass, fields
+from functools import cache
+from typing import Any, Literal
+
+import torch
+import triton
+from torch import Tensor
+
+from . import templates
+from .errors import Refused
+from .formats import NVFP4
+
+Kind = Literal["peak", "quantise", "w4a4_native", "w4a4_portable", "w4a16_portable", "w4a16_vector"]
+
+TEMPLATES: dict[Kind, str] = {
+    "peak": templates.PEAK,
+    "quantise": templates.QUANTISE,
+    "w4a4_native": templates.W4A4_NATIVE,
+    "w4a4_portable": templates.W4A4_PORTABLE,
+    "w4a16_portable": templates.W4A16_PORTABLE,
+    "w4a16_vector": templates.W4A16_VECTOR,
+}
+TYPES = {torch.float16: "tl.float16", torch.bfloat16: "tl.bfloat16", torch.float32: "tl.float32"}
+
+FP4_CAPABILITIES = ((10, 0), (10, 3), (12, 0), (12, 1))
+"""Compute capabilities with FP4 tensor cores that ``tl.dot_scaled`` is known to reach."""
+
+VECTOR_ROWS = 16
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """All that the text of a kernel depends on, and how it is launched.
+
+    ``tile`` is (rows, columns) of x for ``peak`` and ``quantise``, (M, N, K) for the products.
+    """
+
+    kind: Kind
+    k: int  # channels of the activation, before padding for those that read it unpacked
+    n: int = 0  # output channels
+    dtype: torch.dtype = torch.bfloat16  # of the output
+    tile: tuple[int, ...] = (16, 256)
+    bias: bool = False
+    instruction: bool = False  # pack with cvt.e2m1x2, which FP4 hardware has
+    warps: int = 4
+    stages: int = 2
+
+    @property
+    def name(self) -> str:
+        return "matmul_" + self.kind if self.kind.startswith("w4") else self.kind
+
+    def __str__(self) -> str:
+        shown = (getattr(self, field.name) for field in fields(self)[1:])
+        return f"{self.name}({', '.join(str(value).removeprefix('torch.') for value in shown)})"
+
+
+def source(spec: KernelSpec) -> str:
+    """The text of the kernel of ``spec``: a pure function."""
+    padded = NVFP4.padded(spec.k)
+    known = {"K": spec.k, "N": spec.n, "BYTES": padded // 2, "GROUPS": padded // 16}
+    if spec.kind in ("peak", "quantise"):
+        known |= dict(zip(("ROWS", "COLUMNS"), spec.tile, strict=True))
+        pack = templates.PACK_INSTRUCTION if spec.instruction else templates.PACK_INTEGER
+        text = TEMPLATES[spec.kind].replace("{PACK}", pack)
+    else:
+        known |= dict(zip(("BM", "BN", "BK"), spec.tile, strict=True))
+        known |= {"BLOCKS": -(-padded // spec.tile[2]), "STAGES": spec.stages}
+        text = TEMPLATES[spec.kind]
+    words = {"NAME": spec.name, "BIAS": spec.bias, "DTYPE": TYPES[spec.dtype]}
+    return f"# {spec}\n" + (templates.HEADER + text).format(**known, **words)
+
+
+@cache
+def load(spec: KernelSpec) -> Any:
+    """The Triton function of ``spec``; its text is kept in ``linecache`` for tracebacks too."""
+    text = source(spec)
+    path = f"<permuquant {spec.kind} {hashlib.sha256(text.encode()).hexdigest()[:16]}>"
+    linecache.cache[path] = (len(text), None, text.splitlines(keepends=True), path)
+    namespace: dict[str, Any] = {"__name__": "pq_compile.generated"}
+    exec(compile(text, path, "exec"), namespace)
+    return namespace[spec.name]
+
+
+def route(capability: tuple[int, int] | None, triton_version: str, scheme: str, rows: int) -> str:
+    """Which code multiplies: the kind of a kernel, or "reference" where there is none.
+
+    ``capability`` is that of the CUDA device, None elsewhere.
+    """
+    modern = tuple(map(int, triton_version.split(".")[:2])) >= (3, 6)
+    if capability is None or capability < (8, 0) or not modern:
+        return "reference"
+    if scheme == "w4a16":
+        return "w4a16_vector" if rows <= VECTOR_ROWS else "w4a16_portable"
+    return "w4a4_native" if capability in FP4_CAPABILITIES else "w4a4_portable"
+
+
+def tuned(kind: Kind, capability: tuple[int, int], rows: int, **shape: Any) -> KernelSpec:
+    """The spec of ``kind`` with the tile, warps and stages for a device and a number of rows.
+
+    Raises ``Refused`` for the native product on a device without FP4 tensor cores.
+    """
+    if kind == "w4a4_native" and capability not in FP4_CAPABILITIES:
+        raise Refused(
+            f"permuquant: a device of compute capability {capability[0]}.{capability[1]} has no "
+            "FP4 tensor cores that Triton reaches; route() gives the kernel that it can run"
+        )
+    few = max(16, triton.next_power_of_2(min(rows, 128)))
+    match kind:
+        case "peak" | "quantise":
+            how: dict[str, Any] = {"tile": (16, 256), "warps": 4}
+        case "w4a4_native" if capability[0] == 10:  # NOTE below M=128 it is not the FP4 unit
+            how = {"tile": (128, 128, 256), "warps": 4, "stages": 3}
+        case "w4a4_native":
+            how = {"tile": (few, 128, 256), "warps": 8 if few == 128 else 4, "stages": 2}
+        case "w4a4_portable" | "w4a16_portable":
+            how = {"tile": (few, 64, 64), "warps": 4, "stages": 3}
+            if few == 128:
+                how = {"tile": (128, 128, 64), "warps": 8, "stages": 3}
+        case "w4a16_vector":
+            few = triton.next_power_of_2(rows)
+            how = {"tile": (few, 16, 512 // few), "warps": 4, "stages": 2}
+    return KernelSpec(kind, **shape, **how)
+
+
+def quantise_reference(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``x`` [M, K] -> packed [M, K'/2], scales [M, K'/16], tensor scale; K' is K padded."""
+    return NVFP4.quantize(NVFP4.pad(x))
+
+
+def quantise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``quantise_reference`` by two kernels: the peak of x, then codes and scales, bit for bit."""
+    x = x.contiguous()
+    (rows, k), padded = x.shape, NVFP4.padded(x.shape[1])
+    peak = torch.zeros((), dtype=torch.int32, device=x.device)
+    packed = x.new_empty((rows, padded // 2), dtype=torch.uint8)
+    scales = x.new_empty((rows, padded // 16), dtype=torch.uint8)
+    tensor_scale = x.new_empty((), dtype=torch.float32)
+    capability = _capability(x)
+    spec = tuned("peak", capability, rows, k=k)
+    _launch(spec, rows, padded, x, peak)
+    native = capability in FP4_CAPABILITIES
+    spec = tuned("quantise", capability, rows, k=k, instruction=native)
+    _launch(spec, rows, padded, x, peak, packed, scales, tensor_scale)
+    return packed, scales.view(torch.float8_e4m3fn), tensor_scale
+
+
+def matmul_w4a4_reference(
+    a: tuple[Tensor, Tensor, Tensor],
+    w: tuple[Tensor, Tensor, Tensor],
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``(elements @ elements.T) * (tensor scale * tensor scale) + bias`` [M, N] in ``dtype``."""
+    y = NVFP4.decode(a[0], a[1]) @ NVFP4.decode(w[0], w[1]).T
+    return _finish(y, a[2] * w[2], bias, dtype)
+
+
+def matmul_w4a4(
+    a: tuple[Tensor, Tensor, Tensor],
+    w: tuple[Tensor, Tensor, Tensor],
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    kind: Literal["w4a4_native", "w4a4_portable"],
+) -> Tensor:
+    """``matmul_w4a4_reference`` by the kernel ``kind``; sums in fp32 in another order."""
+    rows, n, k = len(a[0]), len(w[0]), 2 * w[0].shape[1]
+    shape = {"k": k, "n": n, "dtype": _narrow(dtype), "bias": bias is not None}
+    spec = tuned(kind, _capability(a[0]), rows, **shape)
+    y = a[0].new_empty((rows, n), dtype=spec.dtype)
+    _launch(spec, rows, n, *_bytes(a), *_bytes(w), y if bias is None else bias, y)
+    return y.to(dtype)
+
+
+def matmul_w4a16_reference(
+    x: Tensor, w: tuple[Tensor, Tensor, Tensor], bias: Tensor | None
+) -> Tensor:
+    """``(x @ elements.T) * tensor scale + bias`` [M, N] in the dtype of ``x`` [M, K]."""
+    elements = NVFP4.decode(w[0], w[1])[:, : x.shape[1]]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return _finish(x.to(wide) @ elements.to(wide).T, w[2], bias, x.dtype)
+
+
+def matmul_w4a16(
+    x: Tensor,
+    w: tuple[Tensor, Tensor, Tensor],
+    bias: Tensor | None,
+    kind: Literal["w4a16_vector", "w4a16_portable"],
+) -> Tensor:
+    """``matmul_w4a16_reference`` by the kernel ``kind``; fp64 is computed in fp32."""
+    dtype, x = x.dtype, x.to(_narrow(x.dtype)).contiguous()
+    rows, k, n = *x.shape, len(w[0])
+    shape = {"k": k, "n": n, "dtype": x.dtype, "bias": bias is not None}
+    spec = tuned(kind, _capability(x), rows, **shape)
+    y = x.new_empty((rows, n))
+    _launch(spec, rows, n, x, *_bytes(w), y if bias is None else bias, y)
+    return y.to(dtype)
+
+
+def _finish(y: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    y = y.mul_(scale)
+    return (y if bias is None else y.add_(bias)).to(dtype)
+
+
+def _launch(spec: KernelSpec, rows: int, columns: int, *tensors: Tensor) -> None:
+    """One program a tile of [rows, columns]; the number of rows is the kernel's last argument."""
+    grid = (triton.cdiv(rows, spec.tile[0]), triton.cdiv(columns, spec.tile[1]))
+    how = {"num_warps": spec.warps, "num_stages": spec.stages}
+    with torch.cuda.device_of(tensors[0]):
+        # NOTE a fused multiply-add would round a scale once where the definition rounds twice.
+        load(spec)[grid](*tensors, rows, **how, enable_fp_fusion=False)
+
+
+def _bytes(operand: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    packed, scales, tensor_scale = operand
+    return packed.contiguous(), scales.contiguous().view(torch.uint8), tensor_scale
+
+
+def _narrow(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype == torch.float64 else dtype
+
+
+def _capability(x: Tensor) -> tuple[int, int]:
+    """Of the device of ``x``; on the CPU, where Triton interprets, that of a portable kernel."""
+    return torch.cuda.get_device_capability(x.device) if x.is_cuda else (8, 0)
