@@ -8,10 +8,11 @@ from typing import Any
 
 from . import svg
 from .page_assets import SCRIPT, STYLE
-from .plan import Groups, Plan
+from .plan import Group, Groups, Plan
 from .show import error
 from .table import Fold, change, feeding, fold, not_quantised, not_reordered, size
 
+NUMBER = ' class="number"'
 FIGURES, LEAVES = 12, 4  # accepted groups drawn, and leaves of each
 
 Report = Mapping[str, Any]
@@ -27,8 +28,10 @@ def page(report: Report, units: Units) -> str:
         "Permutations": _permutations(units),
         "Groups": _groups(report),
         "Linears": _linears(report),
-        "Not reordered": _reasons(not_reordered(report), "Every group that feeds a linear"),
-        "Not quantised": _reasons(not_quantised(report), "Every linear"),
+        "Not reordered": _reasons(
+            not_reordered(report), "Every group that feeds a linear is reordered."
+        ),
+        "Not quantised": _reasons(not_quantised(report), "Every linear is."),
         "Memory and time": _costs(report),
     }
     parts = {title: body for title, body in parts.items() if body}
@@ -107,7 +110,7 @@ def _kind(part: Fold, top: float) -> list[str]:
         _name(part.name),
         _number(f"{first['in_features']} × {first['out_features']}", first["in_features"]),
         _cell(first["route"]),
-        _number(part.accepted(), sum(entry["accepted"] for entry in part.entries)),
+        _number(part.reordered(), sum(entry["accepted"] for entry in part.entries)),
         *_error_cells(before, after, top),
     ]
 
@@ -129,23 +132,30 @@ def _blocks(units: Units) -> str:
 
 
 def _block(block: svg.Block) -> str:
-    rows = []
-    for i, group in enumerate(block.groups):
-        state = "pinned" if group.pinned_by else "free"
-        state = "free, reordered" if group.name in block.accepted else state
-        pins = "; ".join(group.pinned_by)
-        letter = svg.letter_of(i)
-        rows.append([_cell(letter), _name(group.name), _cell(group.structure), _cell(state)])
-        rows[-1].append(f'<td class="why">{escape(pins)}</td>')
+    rows = [
+        [
+            f'<td class="hue{i % 8}"><b class="rail-letter">{svg.letter_of(i)}</b></td>',
+            _name(group.name),
+            _cell(group.structure),
+            f'<td class="why">{escape(_state(group, block))}</td>',
+        ]
+        for i, group in enumerate(block.groups)
+    ]
     note = f"<p>{block.left_out} more modules are not drawn.</p>" if block.left_out else ""
     return (
         f"<h3>{escape(block.name or 'the model')}</h3>"
         '<p class="key">One rail is one permutation (or one per head). An arrow into a box reads '
         "that order, an arrow onto a rail writes it, a dot moves along. Thick: reordered. "
         "Thin: free. Dashed: pinned.</p>"
-        f'<div class="figure">{svg.rails(block)}</div>{note}'
-        + _table(["rail", "first axis", "channels", "state", "pinned by"], rows)
+        f'<div class="beside"><div class="figure">{svg.rails(block)}{note}</div>'
+        f"{_table(['rail', 'first axis', 'channels', 'state'], rows)}</div>"
     )
+
+
+def _state(group: Group, block: svg.Block) -> str:
+    if group.pinned_by:
+        return f"pinned by {'; '.join(group.pinned_by)}"
+    return "free, reordered" if group.name in block.accepted else "free, order kept"
 
 
 def _permutations(units: Units) -> str:
@@ -174,8 +184,9 @@ def _figure(entry: Mapping[str, Any]) -> str:
     leaves = [leaf for leaf in group.leaves if leaf in orders]
     drawn = "".join(svg.permutation(orders[leaf]) for leaf in leaves[:LEAVES])
     more = f", {LEAVES} drawn" if len(leaves) > LEAVES else ""
-    caption = f"{escape(group.name)}<br><small>{escape(group.structure)} channels{more}</small>"
-    return f"<figure><div>{drawn}</div><figcaption>{caption}</figcaption></figure>"
+    caption = f"{_breakable(group.name)}<br><small>{escape(group.structure)} channels{more}</small>"
+    kind = "many" if len(leaves) > 1 else "one"
+    return f'<figure><div class="{kind}">{drawn}</div><figcaption>{caption}</figcaption></figure>'
 
 
 def _groups(report: Report) -> str:
@@ -217,10 +228,10 @@ def _linears(report: Report) -> str:
     return _table([*heads, "why"], rows, scroll=True)
 
 
-def _reasons(reasons: Iterable[tuple[str, str]], what: str) -> str:
+def _reasons(reasons: Iterable[tuple[str, str]], nothing: str) -> str:
     rows = [[_name(name), f'<td class="why">{escape(why)}</td>'] for name, why in reasons]
     if not rows:
-        return f'<p class="key">{what} is.</p>'
+        return f'<p class="key">{nothing}</p>'
     return _table(["name", "reason"], rows)
 
 
@@ -263,7 +274,12 @@ def _bits(bits: float | None) -> str:
 
 
 def _name(name: str) -> str:
-    return f'<td class="name">{escape(name)}</td>'
+    return f'<td class="name">{_breakable(name)}</td>'
+
+
+def _breakable(name: str) -> str:
+    """A long name may go on in the next line after a dot."""
+    return escape(name).replace(".", ".<wbr>")
 
 
 def _cell(text: str) -> str:
@@ -273,11 +289,16 @@ def _cell(text: str) -> str:
 def _number(text: str, value: float | None) -> str:
     """A right-aligned cell; ``value`` is what it sorts by."""
     key = "" if value is None else f' data-value="{value:.9g}"'
-    return f'<td class="number"{key}>{escape(text)}</td>'
+    return f"<td{NUMBER}{key}>{escape(text)}</td>"
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], scroll: bool = False) -> str:
-    head = "".join(f'<th scope="col">{escape(title)}</th>' for title in heads)
+    rows = list(rows)
+    kinds = [NUMBER if cell.startswith(f"<td{NUMBER}") else "" for cell in next(iter(rows), heads)]
+    head = "".join(
+        f'<th scope="col"{kind}>{escape(title)}</th>'
+        for title, kind in zip(heads, kinds, strict=True)
+    )
     body = "\n".join(f"<tr>{''.join(row)}</tr>" for row in rows)
     kind = "scroll tall" if scroll else "scroll"
     return (

@@ -48,7 +48,6 @@ th[aria-sort="descending"]::after { content: " \\25BE"; }
 .sortable { cursor: pointer; }
 td { white-space: nowrap; }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
-th:has(+ *) { padding-right: 12px; }
 .name, figcaption { font-family: ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monospace;
   font-size: 12.5px; }
 .name { white-space: normal; overflow-wrap: anywhere; min-width: 220px; }
@@ -57,7 +56,10 @@ input { font: inherit; width: 280px; max-width: 100%; margin-bottom: 8px; paddin
   color: inherit; background: var(--page); border: 1px solid var(--line); border-radius: 6px; }
 .bars { width: 152px; height: 15px; display: inline-block; vertical-align: middle; }
 .before { fill: none; stroke: var(--soft); } .after { fill: var(--accent); }
-.figure { overflow: auto; margin: 8px 0 14px; }
+.beside { display: flex; flex-wrap: wrap; gap: 12px 36px; align-items: flex-start; }
+.beside .scroll { flex: 1 1 420px; } .figure { overflow: auto; max-width: 100%; }
+.rail-letter { display: inline-block; width: 22px; text-align: center; border-radius: 99px;
+  border: 1.5px solid var(--hue); }
 .block text { font: 12px ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monospace;
   fill: var(--ink); }
 .module rect { fill: var(--box); stroke: var(--line); } .other rect { fill: var(--card); }
@@ -70,12 +72,13 @@ input { font: inherit; width: 280px; max-width: 100%; margin-bottom: 8px; paddin
 .block .badge { fill: var(--card); stroke: var(--hue); stroke-width: 1.5; }
 .block .letter { font-size: 11px; font-weight: 700; text-anchor: middle; }
 .orders { display: grid; grid-template-columns: repeat(auto-fill, minmax(270px, 1fr)); gap: 18px; }
-figure { margin: 0; } figure div { display: flex; gap: 6px; }
+figure { margin: 0; } .many { display: grid; grid-template-columns: 1fr 1fr; gap: 6px; }
+figure div { max-width: 220px; }
 figcaption { overflow-wrap: anywhere; margin-top: 4px; }
-.order { flex: 1 1 0; min-width: 0; max-width: 200px; }
+.order { display: block; width: 100%; } .many .order { --dot: 9; }
 .frame { fill: var(--page); stroke: var(--line); stroke-width: 2; }
 .diagonal { stroke: var(--line); stroke-width: 2; }
-.dots { stroke: var(--accent); stroke-width: 5; stroke-linecap: round; fill: none; }
+.dots { stroke: var(--accent); stroke-width: var(--dot, 5); stroke-linecap: round; fill: none; }
 @media print { .tall { max-height: none; } body { background: #fff; } }
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 from .show import WIDTH, error
 
 Entry = Mapping[str, Any]
-NAME = 44  # columns of the first column; a longer name has a line of its own
+NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 
 class Fold(NamedTuple):
@@ -22,7 +23,12 @@ class Fold(NamedTuple):
         values = [entry[key] for entry in self.entries if entry[key] is not None]
         return sum(values) / len(values) if values else None
 
-    def accepted(self) -> str:
+    def reordered(self) -> str:
+        """``16 of 19``, or what rules it out for all of them."""
+        if all(entry.get("route") == "keep" for entry in self.entries):
+            return "-"
+        if not any(entry["free"] for entry in self.entries):
+            return "pinned"
         count = sum(entry["accepted"] for entry in self.entries)
         return f"{count} of {len(self.entries)}"
 
@@ -103,8 +109,11 @@ def size(count: int) -> str:
 
 
 def change(before: float | None, after: float | None) -> str:
-    """``-17.5 %``."""
-    return f"{after / before - 1:+.1%}" if before and after is not None else "-"
+    """``-17.5%``."""
+    if not before or after is None:
+        return "-"
+    shown = f"{after / before - 1:+.1%}"
+    return "0.0%" if shown in ("+0.0%", "-0.0%") else shown
 
 
 def _folded_name(entries: Sequence[Entry]) -> str:
@@ -116,14 +125,26 @@ def _folded_name(entries: Sequence[Entry]) -> str:
 
 
 def _reasons(entries: Iterable[Entry]) -> list[tuple[str, str]]:
-    """(name, sentence) with blocks folded; a sentence may name the block that it speaks of."""
+    """(name, sentence) with blocks folded, also where their sentences differ in numbers alone."""
+    folds = fold(entries, lambda entry: NUMBER.sub("0", _of_any_block(entry)))
+    return [(part.name, _sentence(_merged(map(_of_any_block, part.entries)))) for part in folds]
 
-    def key(entry: Entry) -> str:
-        prefix, index, _ = split(entry["name"])
-        own = "" if index is None else f"{prefix}{index}."
-        return str(entry["reason"]).replace(own, f"{prefix}*.") if own else str(entry["reason"])
 
-    return [(part.name, _sentence(key(part.entries[0]))) for part in fold(entries, key)]
+def _of_any_block(entry: Entry) -> str:
+    """The entry's reason; where it names the entry's own block, ``*`` stands for the index."""
+    prefix, index, _ = split(entry["name"])
+    reason = str(entry["reason"])
+    return reason if index is None else reason.replace(f"{prefix}{index}.", f"{prefix}*.")
+
+
+def _merged(sentences: Iterable[str]) -> str:
+    """Sentences that differ in numbers alone as one: ``gain 0.2..1.9% is not above tau 2.0%``."""
+    same = list(dict.fromkeys(sentences))
+    pieces = NUMBER.split(same[0])
+    columns = zip(*(NUMBER.findall(sentence) for sentence in same), strict=True)
+    numbers = [sorted(set(column), key=float) for column in columns]
+    spans = [f"{n[0]}..{n[-1]}" if len(n) > 1 else n[0] for n in numbers]
+    return "".join(a + b for a, b in zip(pieces, [*spans, ""], strict=True))
 
 
 def _sentence(reason: str) -> str:
@@ -164,7 +185,7 @@ def _linear_table(linears: Sequence[Entry]) -> str:
             part.name,
             f"{part.entries[0]['in_features']} x {part.entries[0]['out_features']}",
             part.entries[0]["route"],
-            part.accepted(),
+            part.reordered(),
             *_errors(part),
         )
         for part in folds
@@ -174,18 +195,17 @@ def _linear_table(linears: Sequence[Entry]) -> str:
 
 def _group_table(groups: Sequence[Entry]) -> str:
     folds = fold(groups, lambda e: (e["structure"], e["free"]))
-    heads = ("group of axes", "channels", "free", "accepted", "error", "after", "change")
+    heads = ("group of axes", "channels", "reordered", "error", "after", "change")
     rows = [
         (
             part.name,
             part.entries[0]["structure"],
-            "yes" if part.entries[0]["free"] else "no",
-            part.accepted(),
+            part.reordered(),
             *_errors(part),
         )
         for part in folds
     ]
-    return _table(heads, (13, 5, 9, 8, 8, 7), rows)
+    return _table(heads, (13, 9, 8, 8, 7), rows)
 
 
 def _errors(part: Fold) -> tuple[str, str, str]:
@@ -196,16 +216,18 @@ def _errors(part: Fold) -> tuple[str, str, str]:
 def _table(heads: Sequence[str], widths: Sequence[int], rows: Sequence[Sequence[str]]) -> str:
     if not rows:
         return ""
-    lines = [_row(heads, widths), "-" * (NAME + sum(widths) + len(widths))]
-    return "\n".join([*lines, *(_row(row, widths) for row in rows), ""])
+    wide = WIDTH - sum(widths) - len(widths)
+    lines = [_row(heads, wide, widths), "-" * WIDTH]
+    return "\n".join([*lines, *(_row(row, wide, widths) for row in rows), ""])
 
 
-def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
+def _row(cells: Sequence[str], wide: int, widths: Sequence[int]) -> str:
+    """One line; a name that is wider than its column has a line of its own."""
     name, *values = cells
     right = "".join(f" {value:>{width}}" for value, width in zip(values, widths, strict=True))
-    if len(name) <= NAME:
-        return f"{name:<{NAME}}{right}"
-    return f"{_wrap(name, '', '    ')}\n{'':<{NAME}}{right}"
+    if len(name) <= wide:
+        return f"{name:<{wide}}{right}"
+    return f"{_wrap(name, '', '    ')}\n{'':<{wide}}{right}"
 
 
 def _list(title: str, lines: Sequence[str]) -> str:
