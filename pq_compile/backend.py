@@ -33,6 +33,7 @@ from .plan import Groups, Linear
 from .released import Released
 from .runtime import CompiledGraph, Program, Site
 from .show import show
+from .trail import numbered
 from .unit import Needs, Passes
 
 log = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ def permuquant(
     analysis = analyse(module, example_inputs, parsed)
     if not analysis.lowered.packed and parsed.format != "none" and _is_whole_model():
         raise Refused(nothing_to_quantise(analysis.graph, parsed))
-    _dump(Dump(parsed.dump), analysis)
+    _dump(numbered(parsed.dump, "graph"), analysis)
     compiled = None
     weights = [example_inputs[i] for i in analysis.lowered.packed]
     if parsed.release_weights == "keep" or all(isinstance(w, Released) for w in weights):

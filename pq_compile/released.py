@@ -93,12 +93,14 @@ def release(parameter: Tensor, name: str, keep_backup: bool) -> None:
 
     With ``keep_backup`` its values move to CPU memory first; without, they are gone.
     """
-    values_ = parameter.detach().to("cpu", copy=True) if keep_backup else None
     with torch.inference_mode(False), torch.no_grad():
+        backup = parameter.detach().to("cpu", copy=True) if keep_backup else None
         nan = torch.full((1,), float("nan"), dtype=parameter.dtype, device=parameter.device)
-        parameter.data = nan.expand(parameter.shape)
-    parameter.__class__ = Released
-    _BACKUPS[parameter] = Backup(name, values_)
+        # NOTE in this order an interrupt finds the weight whole or released, never lost.
+        _BACKUPS[parameter] = Backup(name, backup)
+        parameter.__class__ = Released
+        with torch._C.DisableTorchFunctionSubclass():
+            parameter.data = nan.expand(parameter.shape)
 
 
 def restore(parameter: Tensor) -> None:

@@ -14,28 +14,19 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
+from .entries import Entry, Maker
 from .errors import Refused
-from .formats import FORMATS
 from .options import Options
 from .permutation import Permutation
 from .plan import Axis, Groups, Linear, Orders, Plan, Statistics, axis_order
-from .released import (
-    Released,
-    discard_backup,
-    readable,
-    release,
-    restore,
-    staleness_key,
-    values,
-)
+from .released import Released, readable, restore, staleness_key
+from .trail import dump_frozen, numbered
 
 log = logging.getLogger(__name__)
 
@@ -86,15 +77,6 @@ class Needs:
             frozenset(names.get(name, name) for name in self.packed),
             frozenset(names.get(name, name) for name in self.dense),
         )
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What serves in place of one parameter, and the key of the values it was made from."""
-
-    packed: tuple[Tensor, ...] | None
-    folded: Tensor | None
-    key: tuple[Any, ...]
 
 
 class Unit:
@@ -208,75 +190,26 @@ class Unit:
             if self.plan is not None:
                 return
             start = time.perf_counter()
-            tensors = self.parameters()
-            needs = self.needs
+            seen, tensors, needs = self.observer.finish(), self.parameters(), self.needs
             plan = self.passes.plan(
-                needs.groups,
-                needs.linears,
-                needs.kept,
-                self.observer.finish(),
-                tensors,
-                self.options,
+                needs.groups, needs.linears, needs.kept, seen, tensors, self.options
             )
             planned = time.perf_counter()
-            self.orders = plan.orders
-            try:
-                self._entries = self._make_all(tensors)
-            except BaseException:
-                self.orders = {}
-                raise
-            self.plan = plan
-            self.failure = None
+            self._entries = self._maker(plan.orders).entries(tensors)
+            self.plan, self.orders, self.failure = plan, plan.orders, None
             self.notes = self.observer.warnings()
+            self.observer = self.passes.observer(self.options.seed)  # lets the rows go
             self.generation += 1
-            self.observer = self.passes.observer(
-                self.options.seed
-            )  # its rows are not needed any more
             self.seconds = {"plan": planned - start, "pack": time.perf_counter() - planned}
+            served = {name: entry.tensors for name, entry in self._entries.items()}
+            dump_frozen(numbered(self.options.dump, "unit"), seen, needs.groups, plan, served)
             log.info("frozen: %d linears, %s", len(plan.linears), self.seconds)
 
-    def _make_all(self, tensors: Mapping[str, Tensor]) -> dict[str, Entry]:
-        """Entries for all parameters, releasing as it goes; all restored if anything fails."""
-        entries: dict[str, Entry] = {}
-        done: list[Tensor] = []
-        try:
-            for name in sorted(self.needs.packed | self.needs.dense):
-                if name in tensors:
-                    done.append(tensors[name])
-                    entries[name] = self._make(name, tensors[name])
-        except BaseException:
-            for tensor in done:
-                with suppress(Refused):
-                    restore(tensor)
-            raise
-        if self.options.release_weights == "drop":
-            for tensor in done:
-                if isinstance(tensor, Released):
-                    discard_backup(tensor)
-        return entries
+    def _maker(self, orders: Orders) -> Maker:
+        def fold(name: str, tensor: Tensor) -> Tensor:
+            return self.passes.fold(name, tensor, self.needs.groups, orders)
 
-    @torch.no_grad()
-    def _make(self, name: str, tensor: Tensor) -> Entry:
-        """Fold and pack one parameter, and release it if nothing reads the original any more."""
-        with torch.inference_mode(False):
-            original = values(tensor)
-            reordered = self.passes.fold(name, original, self.needs.groups, self.orders)
-            folded = None if reordered is original or name not in self.needs.dense else reordered
-            packed = None
-            if name in self.needs.packed:
-                _check_finite(name, original)
-                format_ = FORMATS[self.options.format]
-                packed = format_.quantize(format_.pad(reordered.to(_compute_dtype(reordered))))
-        if packed is not None and name not in self.needs.dense and self._releases(tensor):
-            release(tensor, name, keep_backup=True)
-        return Entry(packed, folded, staleness_key(tensor))
-
-    def _releases(self, tensor: Tensor) -> bool:
-        return (
-            self.options.release_weights != "keep"
-            and isinstance(tensor, nn.Parameter)
-            and not isinstance(tensor, Released)
-        )
+        return Maker(fold, self.needs.packed, self.needs.dense, self.options)
 
     def thaw(self) -> None:
         """Back to observing, every original restored. ``Refused`` if originals were dropped."""
@@ -301,9 +234,9 @@ class Unit:
         if entry is not None and entry.key == staleness_key(tensor):
             return entry
         with self.lock:
-            entry = self._entries[name] = self._make(name, tensor)
-            if self.options.release_weights == "drop" and isinstance(tensor, Released):
-                discard_backup(tensor)
+            maker = self._maker(self.orders)
+            entry = self._entries[name] = maker.entry(name, tensor)
+            maker.drop_backups([tensor])
             self.generation += 1
             return entry
 
@@ -320,17 +253,7 @@ class Unit:
         total = 0
         for name, tensor in self.parameters().items():
             entry = self._entries.get(name)
-            made = () if entry is None else (*(entry.packed or ()), entry.folded)
-            total += sum(one.nbytes for one in made if one is not None)
+            total += sum(made.nbytes for made in (entry.tensors if entry else ()))
             if not isinstance(tensor, Released):
                 total += tensor.nbytes
         return total
-
-
-def _check_finite(name: str, weight: Tensor) -> None:
-    if not bool(torch.isfinite(weight).all()):
-        raise Refused(f"permuquant: the weight {name} holds NaN or Inf; load its real values first")
-
-
-def _compute_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype

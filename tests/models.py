@@ -17,7 +17,7 @@ from pq_compile.unit import OWNERS, Unit
 
 
 class Block(nn.Module):
-    """Attention over 4 heads and a feed-forward, modulated per sample: a diffusion block in small."""
+    """Attention and a feed-forward, modulated per sample: a diffusion block in small."""
 
     def __init__(self, width: int = 64, heads: int = 4) -> None:
         super().__init__()
