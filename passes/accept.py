@@ -30,7 +30,7 @@ from pq_compile.plan import (
 
 from .judge import Evidence
 from .policy import route_of
-from .reorder import candidates, readers
+from .reorder import candidates, one_per_weight, readers
 
 Decision = tuple[Verdict, Orders]
 
@@ -50,8 +50,7 @@ def accept(
     Groups are decided in order, each with the orders accepted before it in force. Raises
     ``Refused`` if no linear can be quantised, unless the format is "none".
     """
-    first = {linear.weight: linear for linear in reversed(linears)}
-    unique = tuple(linear for linear in linears if first[linear.weight] is linear)
+    unique = one_per_weight(linears)
     routes = {linear.weight: route_of(linear, options, kept) for linear in unique}
     if options.format != "none":
         _require_one_quantised(unique, routes, kept)

@@ -20,10 +20,15 @@ Moments = dict[int, tuple[Tensor, Tensor]]
 """leaf -> fp64 [size]: second moments of activations, and of weights."""
 
 
+def one_per_weight(linears: Sequence[Linear]) -> tuple[Linear, ...]:
+    """The first linear of every weight."""
+    first = {linear.weight: linear for linear in reversed(linears)}
+    return tuple(first[weight] for weight in dict.fromkeys(linear.weight for linear in linears))
+
+
 def readers(groups: Groups, linears: Sequence[Linear]) -> dict[str, tuple[Linear, ...]]:
-    """Group -> the linears whose input axis holds a leaf of it; of one weight, the first linear."""
-    by_weight = {linear.weight: linear for linear in reversed(linears)}
-    unique = [linear for linear in linears if by_weight[linear.weight] is linear]
+    """Group -> the linears whose input axis holds a leaf of it; one per weight."""
+    unique = one_per_weight(linears)
     leaves = {
         linear.weight: {segment.leaf for segment in groups.segments.get(linear.input_axis, ())}
         for linear in unique
