@@ -202,13 +202,16 @@ def test_a_sort_that_harms_is_rejected_and_the_order_stays() -> None:
 
 
 def test_a_gain_on_fitted_rows_alone_is_not_accepted() -> None:
-    """Held out: rows whose loud channels the sort puts into one group."""
-    model = Model().add(linear("a", 256), [(0, 256)], *opposed())
-    together = model.plan(replace(PERMUQUANT, alpha=(1.0,))).orders[0].order[:16]
-    loud = normal(9, 32, 256)
-    loud[:, together] *= 100
-    other = replace(model.stats["a.weight"], held_out=loud)
-    plan = model.plan(replace(PERMUQUANT, alpha=(1.0,)), stats={"a.weight": other})
+    """Held out: rows whose loud channels share a group as they stand, and none once sorted."""
+    options = Options(recipe="permuquant", format="int4", alpha=(1.0,))
+    rows = normal(0, 64, 256) * normal(1, 256).exp()
+    model = Model().add(linear("a", 256), [(0, 256)], rows, normal(2, 64, 256))
+    order = model.plan(options).orders[0].order
+    loud = [next(i for i in order[j : j + 64] if i < 64) for j in range(0, 256, 64)]
+    held_out = normal(3, 32, 256)
+    held_out[:, loud] *= 100
+    other = {"a.weight": replace(model.stats["a.weight"], held_out=held_out)}
+    plan = model.plan(options, stats=other)
     (verdict,) = plan.verdicts
     assert not verdict.accepted
     assert verdict.reason.startswith("gain -")
