@@ -115,21 +115,28 @@ def tuned(kind: Kind, capability: tuple[int, int], rows: int, **shape: Any) -> K
             "FP4 tensor cores that Triton reaches; route() gives the kernel that it can run"
         )
     few = max(16, triton.next_power_of_2(min(rows, 128)))
+    registers_only = capability[0] not in (9, 10)  # no tensor core reads its sums from elsewhere
     match kind:
         case "peak" | "quantise":
-            how: dict[str, Any] = {"tile": (16, 256), "warps": 4}
-        case "w4a4_native" if capability[0] == 10:  # NOTE below M=128 it is not the FP4 unit
-            how = {"tile": (128, 128, 256), "warps": 4, "stages": 3}
-        case "w4a4_native":
-            how = {"tile": (few, 128, 256), "warps": 8 if few == 128 else 4, "stages": 2}
-        case "w4a4_portable" | "w4a16_portable":
-            how = {"tile": (few, 64, 64), "warps": 4, "stages": 3}
-            if few == 128:
-                how = {"tile": (128, 128, 64), "warps": 8, "stages": 3}
+            how = _how((16, 256), warps=4, stages=1)
         case "w4a16_vector":
             few = triton.next_power_of_2(rows)
-            how = {"tile": (few, 16, 512 // few), "warps": 4, "stages": 2}
+            how = _how((few, 16, 512 // few), warps=4, stages=2)
+        case "w4a4_native" if capability[0] == 10:  # below M=128 it would not be the FP4 unit
+            how = _how((128, 128, 256), warps=4, stages=3)
+        case "w4a4_native":
+            how = _how((few, 128, 256), warps=8 if few == 128 else 4, stages=2)
+        case "w4a16_portable" if shape["dtype"] == torch.float32:  # no tensor core: few sums
+            how = _how((16, 32, 32), warps=4, stages=2)
+        case _ if few < 128 or registers_only:
+            how = _how((few, 64, 64), warps=8 if few > 32 else 4, stages=3)
+        case _:
+            how = _how((128, 128, 64), warps=8, stages=3)
     return KernelSpec(kind, **shape, **how)
+
+
+def _how(tile: tuple[int, ...], warps: int, stages: int) -> dict[str, Any]:
+    return {"tile": tile, "warps": warps, "stages": stages}
 
 
 def quantise_reference(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -215,7 +222,7 @@ def _launch(spec: KernelSpec, rows: int, columns: int, *tensors: Tensor) -> None
     """One program a tile of [rows, columns]; the number of rows is the kernel's last argument."""
     grid = (triton.cdiv(rows, spec.tile[0]), triton.cdiv(columns, spec.tile[1]))
     how = {"num_warps": spec.warps, "num_stages": spec.stages}
-    with torch.cuda.device_of(tensors[0]):
+    with torch.cuda.device(tensors[0].device.index if tensors[0].is_cuda else -1):
         # NOTE a fused multiply-add would round a scale once where the definition rounds twice.
         load(spec)[grid](*tensors, rows, **how, enable_fp_fusion=False)
 

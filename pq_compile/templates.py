@@ -188,6 +188,7 @@ INDICES = """
     columns = tl.program_id(1) * {BN} + tl.arange(0, {BN})
     offsets = tl.arange(0, {BK} // 2)
     groups = tl.arange(0, {BK} // 16)
+    channels = tl.arange(0, {BK})
     row = rows.to(tl.int64)[:, None]
     column = columns[:, None]
     accumulator = tl.zeros(({BM}, {BN}), dtype=tl.float32)
@@ -217,7 +218,8 @@ STORE = """\
 W4A4_SIGNATURE = """
 @triton.jit(do_not_specialize=["M"])
 def {NAME}(
-    a_ptr, a_scale_ptr, a_tensor_scale_ptr, w_ptr, w_scale_ptr, w_tensor_scale_ptr, bias_ptr, y_ptr, M
+    a_ptr, a_scale_ptr, a_tensor_scale_ptr,
+    w_ptr, w_scale_ptr, w_tensor_scale_ptr, bias_ptr, y_ptr, M,
 ):
 """
 
@@ -242,7 +244,7 @@ W4A4_PORTABLE = (
     DECODE_TILE
     + STORE_TILE
     + W4A4_SIGNATURE
-    + '    """y [M, {N}] = a @ w.T, both decoded exactly to float16, even and odd channels apart."""'
+    + '    """y [M, {N}] = a @ w.T, decoded exactly to float16; even and odd channels apart."""'
     + INDICES
     + LOAD_A
     + """\
@@ -262,11 +264,10 @@ def {NAME}(x_ptr, w_ptr, w_scale_ptr, w_tensor_scale_ptr, bias_ptr, y_ptr, M):
 
 LOAD_X = """\
         w_even, w_odd = decode(w, w_scale, {BN}, {BK} // 2)
-        channel = 2 * byte
-        x_inside = (rows < M)[:, None]
-        x = x_ptr + row * {K} + channel
-        x_even = tl.load(x, x_inside & (channel < {K}), other=0.0)
-        x_odd = tl.load(x + 1, x_inside & (channel + 1 < {K}), other=0.0)
+        channel = (k * {BK} + channels)[None, :]
+        x_inside = (rows < M)[:, None] & (channel < {K})
+        x = tl.load(x_ptr + row * {K} + channel, x_inside, other=0.0)
+        x_even, x_odd = tl.split(x.reshape({BM}, {BK} // 2, 2))
 """
 
 W4A16_SCALE = "    scale = tl.load(w_tensor_scale_ptr)\n"
