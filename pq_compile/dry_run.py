@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .errors import Refused
 
@@ -15,7 +16,7 @@ KNOWN = "FluxTransformer2DModel"
 
 def flux_on_meta(
     folder: Path, batch: int, image_tokens: int, text_tokens: int
-) -> tuple[nn.Module, dict[str, Tensor | bool]]:
+) -> tuple[nn.Module, dict[str, Any]]:
     """The bf16 model on the meta device and the keyword arguments of one call.
 
     Raises ``Refused`` where ``folder`` holds no config of a ``FluxTransformer2DModel``.
@@ -35,7 +36,8 @@ def flux_on_meta(
         raise Refused(f"permuquant: {error}: pip install 'permuquant[demo]'") from error
     with torch.device("meta"):
         model = FluxTransformer2DModel.from_config(FluxTransformer2DModel.load_config(folder))
-        model = model.to(torch.bfloat16).eval().requires_grad_(False)
+        nn.Module.to(model, torch.bfloat16)  # diffusers' own ``to`` warns even where all is well
+        model.eval().requires_grad_(False)
         shape = model.config
         inputs = {
             "hidden_states": torch.zeros(batch, image_tokens, shape.in_channels),
