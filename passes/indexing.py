@@ -1,0 +1,259 @@
+"""Ops that pick or join positions: slice, select, split, index by a tensor, cat, stack, pad."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+from .axes import (
+    PARTS,
+    Channels,
+    Dim,
+    Fixed,
+    Leaf,
+    Place,
+    Row,
+    Size,
+    Value,
+    as_channels,
+    joined,
+    pin,
+    resolve,
+    take,
+    unify,
+)
+from .calls import Call
+from .equations import Undescribed
+
+
+def narrow(call: Call, x: Value, dim: int, start: Any, length: Size) -> Value:
+    """``length`` positions of ``dim`` from ``start`` on: the part of the row between two cuts."""
+    dim %= len(x.shape)
+    if length == x.shape[dim]:
+        return x
+    whole = isinstance(start, int) and isinstance(length, int) and isinstance(x.shape[dim], int)
+    if whole and start < 0:
+        start += x.shape[dim]
+    dims: list[Dim] = []
+    for index, order in enumerate(x.dims):
+        if not isinstance(order, Channels):
+            dims.append(order)
+        elif index == dim:
+            dims.append(
+                _between(order, start, length, call.why) if whole else pin(order, (call.why,))
+            )
+        elif dim in order.deps and whole:
+            dims.append(_shifted(order, dim, start, int(length)))  # type: ignore[arg-type]
+        else:
+            dims.append(order.without(dim, call.why))
+    return Value((*x.shape[:dim], length, *x.shape[dim + 1 :]), tuple(dims))
+
+
+def _between(order: Channels, start: int, length: Any, why: str) -> Channels:
+    rows = {}
+    for at, row in order.rows.items():
+        _, tail = take(row, start, why)
+        rows[at], _ = take(tail, length, why)
+    return Channels(rows, order.deps)
+
+
+def _shifted(order: Channels, dim: int, start: int, length: int) -> Channels:
+    """The table where positions ``start ... start + length`` of ``dim`` are left."""
+    axis = order.deps.index(dim)
+    rows = {
+        (*at[:axis], at[axis] - start, *at[axis + 1 :]): row
+        for at, row in order.rows.items()
+        if start <= at[axis] < start + length
+    }
+    return Channels(rows, order.deps)
+
+
+def slice_(
+    call: Call, x: Value, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
+) -> Value:
+    """``x[start:end]``; with a step the positions along ``dim`` are pinned."""
+    dim %= len(x.shape)
+    size, length = x.shape[dim], call.shape[dim]
+    if step == 1 and isinstance(size, int) and isinstance(start or 0, int):
+        return narrow(call, x, dim, slice(start, None).indices(size)[0], length)
+    return _picked(call, x, dim, 1)
+
+
+def select(call: Call, x: Value, dim: int, index: Any) -> Value:
+    """``x[index]``: one position, which from then on cannot move."""
+    dim %= len(x.shape)
+    if not isinstance(index, int) or not isinstance(x.shape[dim], int):
+        return _picked(call, x, dim, 0)
+    one = narrow(call, x, dim, index, 1)
+    pin(one.dims[dim], (call.why,))
+    kept = [d for d in range(len(x.shape)) if d != dim]
+    dims = (
+        order.without(dim, call.why).moved(kept.index) if isinstance(order, Channels) else order
+        for order in (one.dims[d] for d in kept)
+    )
+    return Value(call.shape, tuple(dims))
+
+
+def _picked(call: Call, x: Value, dim: int, new: int, span: int = 1) -> Value:
+    """``span`` dims from ``dim`` on replaced by ``new`` ones, picked by something only known at run time."""
+    gone = range(dim, dim + span)
+    for d in gone:
+        pin(x.dims[d], (call.why,))
+    dims: list[Dim] = []
+    for d, order in enumerate(x.dims):
+        if isinstance(order, Channels):
+            for other in gone:
+                order = order.without(other, call.why)
+            order = order.moved(lambda d: d if d < dim else d + new - span)
+        if d not in gone:
+            dims.append(order)
+    fresh = (None if n == 1 else Fixed((call.why,)) for n in call.shape[dim : dim + new])
+    return Value(call.shape, (*dims[:dim], *fresh, *dims[dim:]))
+
+
+def index_select(call: Call, x: Value, dim: int, index: Value) -> Value:
+    """The positions along ``dim`` are pinned, all else passes."""
+    index.pin(call.why)
+    return _picked(call, x, dim % len(x.shape), 1)
+
+
+def index(call: Call, x: Value, indices: Sequence[Value | None]) -> Value:
+    """``x[:, i, j]`` by tensors ``i, j`` side by side; a mask counts as one index per dim of it."""
+    given = [d for d, one in enumerate(indices) if one is not None]
+    tensors = [one for one in indices if one is not None]
+    if not given or given != list(range(given[0], given[-1] + 1)):
+        raise Undescribed
+    for one in tensors:
+        one.pin(call.why)
+    kept = len(x.shape) - len(given)
+    new = max(len(one.shape) for one in tensors)
+    if len(call.shape) == kept + new:
+        return _picked(call, x, given[0], new, len(given))
+    if len(tensors) == 1 and len(call.shape) == len(x.shape) - new + 1:
+        return _picked(call, x, given[0], 1, new)
+    raise Undescribed
+
+
+def split(call: Call, x: Value, _: object, dim: int = 0, **__: object) -> tuple[Value, ...]:
+    """Chunk and split: consecutive parts of a row, told by the results' sizes."""
+    sizes = [shape[dim] for shape in call.shapes]
+    starts = accumulate(sizes[:-1], lambda a, b: a + b, initial=0)
+    return tuple(narrow(call, x, dim, at, size) for at, size in zip(starts, sizes, strict=True))
+
+
+def unbind(call: Call, x: Value, dim: int = 0) -> tuple[Value, ...]:
+    """One value per position along ``dim``."""
+    return tuple(
+        select(Call((shape,), call.why), x, dim, at) for at, shape in enumerate(call.shapes)
+    )
+
+
+def cat(call: Call, values: Sequence[Value], dim: int = 0) -> Value:
+    """Rows side by side along ``dim``; every other dim is shared by all parts."""
+    rank = len(call.shape)
+    parts = [value for value in values if len(value.shape) == rank]
+    return _join(call, parts, dim % rank, table=False)
+
+
+def stack(call: Call, values: Sequence[Value], dim: int = 0) -> Value:
+    """Parts along a new dim: a table of their rows, indexed by that dim."""
+    dim %= len(call.shape)
+    parts = [
+        Value(
+            (*value.shape[:dim], 1, *value.shape[dim:]),
+            (*_beyond(value.dims[:dim], dim), None, *_beyond(value.dims[dim:], dim)),
+        )
+        for value in values
+    ]
+    return _join(call, parts, dim, table=True)
+
+
+def _beyond(dims: Sequence[Dim], new: int) -> list[Dim]:
+    return [
+        dim.moved(lambda d: d + (d >= new)) if isinstance(dim, Channels) else dim for dim in dims
+    ]
+
+
+def _join(call: Call, parts: Sequence[Value], dim: int, table: bool) -> Value:
+    depend = any(isinstance(d, Channels) and dim in d.deps for part in parts for d in part.dims)
+    sizes = [part.shape[dim] for part in parts]
+    few = all(isinstance(size, int) for size in sizes) and len(parts) and sum(sizes) <= PARTS  # type: ignore[arg-type]
+    table = bool((table or depend) and few)
+    dims: list[Dim] = []
+    for index in range(len(call.shape)):
+        orders = [part.dims[index] for part in parts]
+        if index == dim:
+            joint = _fixed(orders, call) if table else _side_by_side(orders, sizes, call)
+        elif table and any(isinstance(order, Channels) for order in orders):
+            joint = _stacked(orders, sizes, dim, int(call.shape[index]), call)  # type: ignore[call-overload]
+        else:
+            joint = unify(
+                (_without(order, dim, call.why) for order in orders), call.shape, call.why
+            )
+        dims.append(joint)
+    return Value(call.shape, tuple(dims))
+
+
+def _without(order: Dim, dim: int, why: str) -> Dim:
+    return order.without(dim, why) if isinstance(order, Channels) else order
+
+
+def _fixed(orders: Sequence[Dim], call: Call) -> Fixed:
+    """The dim along which parts are told apart by position."""
+    for order in orders:
+        pin(order, (call.why,))
+    reasons = joined(*(order.reasons for order in orders if isinstance(order, Fixed)))
+    return Fixed(reasons or (call.why,))
+
+
+def _side_by_side(orders: Sequence[Dim], sizes: Sequence[Size], call: Call) -> Dim:
+    if not any(isinstance(order, Channels) for order in orders):
+        return orders[0] if len(orders) == 1 else _fixed(orders, call)
+    if not all(isinstance(size, int) for size in sizes):
+        return _fixed(orders, call)
+    rows = [as_channels(order, int(size)) for order, size in zip(orders, sizes, strict=True)]  # type: ignore[call-overload]
+    deps = {dep for row in rows for dep in row.deps}
+
+    def joint(at: Place) -> Row:
+        return tuple(leaf for row in rows for leaf in row.at(at))
+
+    return Channels.build(joint, deps, call.shape)
+
+
+def _stacked(
+    orders: Sequence[Dim], sizes: Sequence[Size], dim: int, size: int, call: Call
+) -> Channels:
+    """The tables of the parts one after another along ``dim``."""
+    rows = [as_channels(order, size) for order in orders]
+    owner = [(row, at) for row, n in zip(rows, sizes, strict=True) for at in range(int(n))]  # type: ignore[call-overload]
+
+    def row(at: Place) -> Row:
+        part, position = owner[at[dim]]
+        return part.at({**at, dim: position})
+
+    return Channels.build(row, {dim, *(dep for row in rows for dep in row.deps)}, call.shape)
+
+
+def pad(
+    call: Call, x: Value, widths: Sequence[Any], mode: str = "constant", value: Any = None
+) -> Value:
+    """Constant padding puts pinned channels beside the row; other modes pin the padded dims."""
+    dims = list(x.dims)
+    for pair in range(len(widths) // 2):
+        left, right = widths[2 * pair], widths[2 * pair + 1]
+        dim = len(x.shape) - 1 - pair
+        if left == right == 0:
+            continue
+        dims = [_without(order, dim, call.why) for order in dims]
+        dims[dim] = _padded(dims[dim], left, right, x.shape[dim], mode, call)
+    return Value(call.shape, tuple(dims))
+
+
+def _padded(order: Dim, left: Any, right: Any, size: Size, mode: str, call: Call) -> Dim:
+    known = isinstance(left, int) and isinstance(right, int) and left >= 0 and right >= 0
+    if not known or mode != "constant" or not isinstance(order, Channels):
+        return pin(order, (call.why,)) or Fixed((call.why,))
+    sides = [(Leaf(width, reasons=(call.why,)),) if width else () for width in (left, right)]
+    rows = {at: (*sides[0], *resolve(row), *sides[1]) for at, row in order.rows.items()}
+    return Channels(rows, order.deps)

@@ -1,0 +1,77 @@
+"""Which tensors share memory, and which of it the graph writes to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from .capture import Graph
+
+
+def storage_of(tensor: Tensor) -> int:
+    """A number that tensors have in common if they share memory."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def written(view: fx.GraphModule) -> dict[int, fx.Node]:
+    """The storages that some node of the view writes to in place, with the first such node."""
+    found: dict[int, fx.Node] = {}
+    for node in view.graph.nodes:
+        for target in _targets(node):
+            value = target.meta.get("val")
+            if isinstance(value, Tensor):
+                found.setdefault(storage_of(value), node)
+    return found
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether the op changes one of its operands."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _targets(node: fx.Node) -> list[fx.Node]:
+    if not writes(node):
+        return []
+    assert isinstance(node.target, torch._ops.OpOverload)
+    found: list[Any] = []
+    for index, argument in enumerate(node.target._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
+            found += pytree.tree_leaves(given)
+    return [one for one in found if isinstance(one, fx.Node)]
+
+
+def aliased(graph: Graph, example_inputs: Sequence[Any]) -> list[tuple[str, str]]:
+    """Parameters that share memory with another input, and a sentence that names both.
+
+    Two slices of one buffer that do not overlap share nothing.
+    """
+    placeholders = graph.module.graph.find_nodes(op="placeholder")
+    spans: dict[int, list[tuple[int, int, str]]] = {}
+    with torch._C.DisableTorchFunctionSubclass():
+        for node, value in zip(placeholders, example_inputs, strict=True):
+            if isinstance(value, Tensor) and value.layout == torch.strided and value.numel():
+                start, end = _span(value)
+                name = graph.parameters.get(node.name, node.name)
+                spans.setdefault(storage_of(value), []).append((start, end, name))
+    found = []
+    for users in spans.values():
+        for (a, b, first), (c, d, second) in combinations(users, 2):
+            if a < d and c < b:
+                reason = f"{first} and {second} share memory"
+                found += [(first, reason), (second, reason)]
+    return found
+
+
+def _span(value: Tensor) -> tuple[int, int]:
+    """The bytes of its storage between which a tensor lies."""
+    last = sum(
+        (size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True)
+    )
+    start = value.storage_offset()
+    return start * value.element_size(), (start + last + 1) * value.element_size()
