@@ -141,7 +141,8 @@ def _block(block: svg.Block) -> str:
         ]
         for i, group in enumerate(block.groups)
     ]
-    note = f"<p>{block.left_out} more modules are not drawn.</p>" if block.left_out else ""
+    modules, more = block.left_out
+    note = f"<p>Not drawn: {modules} modules and {more} groups more.</p>" if modules + more else ""
     return (
         f"<h3>{escape(block.name or 'the model')}</h3>"
         '<p class="key">One rail is one permutation (or one per head). An arrow into a box reads '

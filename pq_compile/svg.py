@@ -67,7 +67,7 @@ class Block:
     linears: frozenset[str]
     groups: tuple[Group, ...]
     accepted: frozenset[str]
-    left_out: int  # modules that are not drawn
+    left_out: tuple[int, int]  # modules and groups that are not drawn
 
 
 def block(plan: Plan, groups: Groups) -> Block:
@@ -92,13 +92,14 @@ def block(plan: Plan, groups: Groups) -> Block:
         ports.update({Port(role, group.name): None for group in owners.get(axis, ())})
     shown = {name: tuple(modules[name]) for name in list(modules)[:NODES] if modules[name]}
     met = {port.group for ports in shown.values() for port in ports}
+    touched = [group for group in groups.groups if group.name in met]
     return Block(
         name=prefix.removesuffix("."),
         modules=shown,
         linears=linears,
-        groups=tuple(group for group in groups.groups if group.name in met)[:RAILS],
+        groups=tuple(touched[:RAILS]),
         accepted=frozenset(v.group for v in plan.verdicts if v.accepted),
-        left_out=max(0, len(modules) - NODES),
+        left_out=(max(0, len(modules) - NODES), max(0, len(touched) - RAILS)),
     )
 
 

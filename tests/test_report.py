@@ -257,6 +257,18 @@ def test_the_figure_shows_one_block_and_its_groups() -> None:
     Page(rails(drawn))
 
 
+def test_a_figure_too_large_to_read_says_what_it_leaves_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pq_compile.svg.NODES", 4)
+    monkeypatch.setattr("pq_compile.svg.RAILS", 1)
+    drawn = block(toy_plans.plan(), toy_plans.groups())
+    assert drawn.left_out == (1, 2)
+    assert rails(drawn).count('class="badge"') == 1
+    text = Page(page(toy_plans.report(), tmp_path)).text
+    assert "Not drawn: 1 modules and 2 groups more." in text
+
+
 def test_names_around_the_block_index() -> None:
     assert split("blocks.12.attn.to_out.0") == ("blocks.", 12, ".attn.to_out.0")
     assert split("blocks.1.up.weight[0]#1") == ("blocks.", 1, ".up.weight[0]#1")
