@@ -49,7 +49,7 @@ class Observer:
         self._inputs: dict[tuple[str, ...], _Input] = {}
         self._contents: list[Contents] = []
         self._known: dict[tuple[object, ...], int] = {}
-        self._times: dict[str, set[float]] = {}
+        self._times: dict[str, set[int | float]] = {}
 
     @property
     def calls(self) -> int:
@@ -65,7 +65,7 @@ class Observer:
         count the call, if a floating input holds NaN or Inf.
         """
         contents: Contents = {}
-        times: dict[str, list[float]] = {}
+        times: dict[str, list[int | float]] = {}
         for name, x in inputs.items():
             if x.is_floating_point():
                 total = x.sum(dtype=torch.float64)
@@ -77,8 +77,8 @@ class Observer:
                     contents[name] = self._known.setdefault(
                         (tuple(x.shape), *finger), len(self._known)
                     )
-            if x.ndim <= 1 and x.numel() <= TIMES and x.dtype != torch.bool:
-                times[name] = x.double().reshape(-1).tolist()
+            if x.ndim <= 1 and x.numel() <= TIMES and x.dtype != torch.bool and not x.is_complex():
+                times[name] = x.reshape(-1).tolist()
         for name, values in times.items():
             known = self._times.setdefault(name, set())
             known.update(values[: TIMES - len(known)])
@@ -188,12 +188,16 @@ def _sides(blocks: Sequence[tuple[int, Tensor]], sides: Split) -> tuple[Tensor, 
     return (rows, rows) if len(rows) < 2 else (rows[~apart], rows[apart])
 
 
-def _timesteps_not_spanned(times: Mapping[str, set[float]]) -> Iterator[str]:
-    """A warning unless one input, or none was seen, has four values down to a quarter of the top.
+def _timesteps_not_spanned(times: Mapping[str, set[int | float]]) -> Iterator[str]:
+    """A warning unless an input has four values and more, the least at most a quarter of the top.
 
-    The noise schedule is judged by its values alone, as no model says which input carries it.
+    No model says which input carries the timestep: an integer that never changes does not.
     """
-    spans = [sorted(map(abs, values)) for values in times.values()]
+    spans = [
+        sorted(map(abs, values))
+        for values in times.values()
+        if len(values) > 1 or any(isinstance(value, float) for value in values)
+    ]
     if not spans or any(len(s) >= 4 and s[0] <= 0.25 * s[-1] for s in spans):
         return
     widest = max(spans, key=len)

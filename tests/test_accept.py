@@ -152,6 +152,15 @@ def test_many_outputs_are_judged_by_evenly_spaced_ones() -> None:
     )
 
 
+def test_judging_changes_neither_weights_nor_rows() -> None:
+    rows, weight = normal(0, 4, 40).float(), normal(1, 4, 40).float()
+    kept = rows.clone(), weight.clone()
+    order = Permutation.random(40, torch.Generator().manual_seed(0))
+    output_errors(rows, weight, [None, order], FORMATS["nvfp4"], quantise_rows=True)
+    assert torch.equal(rows, kept[0])
+    assert torch.equal(weight, kept[1])
+
+
 def test_an_output_that_is_zero_has_no_error() -> None:
     found = output_errors(
         torch.zeros(2, 32), torch.ones(2, 32), [None], FORMATS["nvfp4"], quantise_rows=True

@@ -287,7 +287,8 @@ def test_timesteps_that_do_not_span_the_schedule_are_warned_of(
 
 
 def test_a_graph_without_timesteps_is_not_warned_of() -> None:
-    observer = observed([{"x": latents(n)} for n in range(8)])
+    other = {"labels": torch.tensor([207]), "on": torch.tensor(True), "rope": torch.ones(2) * 1j}
+    observer = observed([{"x": latents(n), **other} for n in range(8)])
     assert not any("span" in warning for warning in observer.warnings())
 
 
