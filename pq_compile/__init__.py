@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .errors import Refused as Refused
     from .explaining import explain as explain
-    from .report import Report as Report
+    from .reporting import Report as Report
     from .session import calibration as calibration
     from .session import freeze as freeze
     from .session import refresh as refresh
@@ -20,7 +20,7 @@ __version__ = "0.1.0"
 
 HOMES = {
     "Refused": "errors",
-    "Report": "report",
+    "Report": "reporting",
     "calibration": "session",
     "explain": "explaining",
     "freeze": "session",

@@ -12,7 +12,7 @@ from torch import fx
 from .backend import PASSES, Analysis, analyse
 from .errors import Refused
 from .options import Options
-from .report import Report, Section
+from .reporting import Report, Section
 from .session import dry_plan, scheme
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from .errors import Refused
 from .options import Options
 from .plan import Plan
-from .report import Report, Section
+from .reporting import Report, Section
 from .resolve import parameters_of
 from .runtime import HELD
 from .unit import OWNERS, Needs, Passes, Unit

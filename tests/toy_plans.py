@@ -5,7 +5,7 @@ from __future__ import annotations
 from pq_compile.options import Options
 from pq_compile.permutation import Permutation
 from pq_compile.plan import Axis, Group, Groups, Linear, LinearPlan, Plan, Segment, Verdict
-from pq_compile.report import Report, Section
+from pq_compile.reporting import Report, Section
 
 HEADS, HEAD, WIDTH, MIDDLE = 4, 16, 64, 128
 HOSTILE = "x.<script>alert('a&b')</script>"

@@ -12,7 +12,7 @@ import pytest
 
 from pq_compile.errors import Refused
 from pq_compile.options import Options
-from pq_compile.report import Report
+from pq_compile.reporting import Report
 from pq_compile.svg import block, rails
 from pq_compile.table import change, not_quantised, not_reordered, ranges, size, split
 from tests import toy_plans
