@@ -206,7 +206,16 @@ def _groups(report: Report) -> str:
         ]
         for group in feeds
     ]
-    heads = ["first axis", "channels", "axes", "linears fed", "state", "alpha", "before", "after"]
+    heads = [
+        "first axis",
+        "channels",
+        "axes",
+        "linears fed",
+        "state",
+        "alpha",
+        "before",
+        "best order",
+    ]
     note = f'<p class="key">{rest} more groups feed no linear: their order changes no error.</p>'
     return _table([*heads, "change", "error"], rows, scroll=True) + (note if rest else "")
 

@@ -104,7 +104,7 @@ for (const table of document.querySelectorAll("table")) {
       body.append(...rows);
     });
   });
-  if (rows.length > 12) {
+  if (rows.length > 12 && !table.closest(".beside")) {
     const input = document.createElement("input");
     input.type = "search";
     input.placeholder = "show rows that contain";

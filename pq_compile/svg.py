@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -71,7 +72,10 @@ class Block:
 
 
 def block(plan: Plan, groups: Groups) -> Block:
-    """The first block of the first repeated kind; the whole model where no block repeats."""
+    """The first block of the first repeated kind; the whole model where no block repeats.
+
+    Where groups are too many to read, free ones go before pinned ones, far-reaching ones first.
+    """
     prefix = _first_block([planned.linear.name for planned in plan.linears])
     owners: dict[Axis, list[Group]] = {}
     for group in groups.groups:
@@ -91,13 +95,14 @@ def block(plan: Plan, groups: Groups) -> Block:
         ports = modules.setdefault(name, {})
         ports.update({Port(role, group.name): None for group in owners.get(axis, ())})
     shown = {name: tuple(modules[name]) for name in list(modules)[:NODES] if modules[name]}
-    met = {port.group for ports in shown.values() for port in ports}
-    touched = [group for group in groups.groups if group.name in met]
+    meets = Counter(port.group for ports in shown.values() for port in ports)
+    touched = [group for group in groups.groups if group.name in meets]
+    telling = sorted(touched, key=lambda group: (not group.free, -meets[group.name]))[:RAILS]
     return Block(
         name=prefix.removesuffix("."),
         modules=shown,
         linears=linears,
-        groups=tuple(touched[:RAILS]),
+        groups=tuple(group for group in touched if group in telling),
         accepted=frozenset(v.group for v in plan.verdicts if v.accepted),
         left_out=(max(0, len(modules) - NODES), max(0, len(touched) - RAILS)),
     )

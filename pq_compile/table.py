@@ -125,9 +125,12 @@ def _folded_name(entries: Sequence[Entry]) -> str:
 
 
 def _reasons(entries: Iterable[Entry]) -> list[tuple[str, str]]:
-    """(name, sentence) with blocks folded, also where their sentences differ in numbers alone."""
-    folds = fold(entries, lambda entry: NUMBER.sub("0", _of_any_block(entry)))
-    return [(part.name, _sentence(_merged(map(_of_any_block, part.entries)))) for part in folds]
+    """(names, sentence): each sentence once; blocks fold also where theirs differ in numbers."""
+    names: dict[str, list[str]] = {}
+    for part in fold(entries, lambda entry: NUMBER.sub("0", _of_any_block(entry))):
+        why = _sentence(_merged(map(_of_any_block, part.entries)))
+        names.setdefault(why, []).append(part.name)
+    return [(", ".join(shared), why) for why, shared in names.items()]
 
 
 def _of_any_block(entry: Entry) -> str:
@@ -195,7 +198,7 @@ def _linear_table(linears: Sequence[Entry]) -> str:
 
 def _group_table(groups: Sequence[Entry]) -> str:
     folds = fold(groups, lambda e: (e["structure"], e["free"]))
-    heads = ("group of axes", "channels", "reordered", "error", "after", "change")
+    heads = ("group of axes", "channels", "reordered", "error", "best", "change")
     rows = [
         (
             part.name,
