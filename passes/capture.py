@@ -85,38 +85,38 @@ def capture(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Graph:
 # ---------------------------------------------------------------- names
 
 
-def user_name(source: str) -> str | None:
-    """``L['self']._modules['up']._parameters['weight']`` -> ``up.weight``; None if no parameter's.
-
-    A name without the private dictionaries, ``L['self'].up.weight``, is understood too.
-    """
-    parts = re.findall(r"\['([^']*)'\]|\[(\d+)\]|\.([A-Za-z_]\w*)", source)
-    path = [quoted or index or plain for quoted, index, plain in parts]
-    private = {"_modules", "_parameters", "_buffers"}
-    if not private.intersection(path) and not re.match(r"[LG]\['[^']*'\]\.", source):
-        return None
-    return ".".join(part for part in path[1:] if part not in private) or None
+PRIVATE = {"_modules", "_parameters", "_buffers", "__dict__"}
 
 
-def source_name(node: fx.Node) -> str | None:
+def source_of(node: fx.Node) -> str:
     """Where Dynamo found a placeholder's value, ``L['x']``; ``name`` was a method in older torch."""
     source = getattr(node, "_dynamo_source", None)
     name = getattr(source, "name", None)
-    return name() if callable(name) else name
+    return str(name() if callable(name) else name or node.name)
+
+
+def user_path(source: str) -> str:
+    """``L['self']._modules['up']._parameters['weight']`` -> ``up.weight``.
+
+    Without the private dictionaries, ``L['self'].up.weight``, it is the same.
+    """
+    parts = re.findall(r"\['([^']*)'\]|\[(\d+)\]|\.(\w+)", source)
+    path = [quoted or index or plain for quoted, index, plain in parts]
+    return ".".join(part for part in path[1:] if part not in PRIVATE)
 
 
 def _parameter_names(placeholders: Sequence[fx.Node], inputs: Sequence[Any]) -> dict[str, str]:
     names: dict[str, str] = {}
     taken: set[str] = set()
     for node, value in zip(placeholders, inputs, strict=True):
-        name = user_name(source_name(node) or "")
-        if not isinstance(value, Tensor) or (name is None and not _is_parameter(value)):
-            continue
-        names[node.name] = _distinct(name or node.name, taken)
+        source = source_of(node)
+        known = re.search(r"\b_parameters\b|\b_buffers\b", source) or _is_parameter(value)
+        if isinstance(value, Tensor) and known:
+            names[node.name] = _distinct(user_path(source) or node.name, taken)
     return names
 
 
-def _is_parameter(value: Tensor) -> bool:
+def _is_parameter(value: Any) -> bool:
     return isinstance(value, torch.nn.Parameter | torch.nn.Buffer)
 
 

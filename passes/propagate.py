@@ -22,7 +22,7 @@ from pq_compile.plan import Axis, Groups
 from . import operators
 from .axes import Channels, Fixed, Leaf, Row, Size, Value
 from .calls import Call
-from .capture import TAG, Graph, source_name, user_name
+from .capture import TAG, Graph, source_of, user_path
 from .equations import Undescribed, read
 from .groups import extend, gather, merge, random_orders, rename
 from .rules import LOOK_AT_NO_VALUE, POINTWISE, rule_of
@@ -149,7 +149,7 @@ class _Walk:
         """``aten.cat (node cat_3, in blocks.0.attn)``: Dynamo's node, and the module it is in."""
         name = node.meta.get("custom", {}).get(TAG, node.name)
         stack = list((node.meta.get("nn_module_stack") or {}).values())
-        path = module_path(stack[-1][0]) if stack else ""
+        path = user_path(stack[-1][0]) if stack else ""
         what = str(node.target).rpartition(".")[0] or str(node.target)
         return f"{what} (node {name}{f', in {path}' if path else ''})"
 
@@ -192,27 +192,20 @@ def tensor_operands(
         if "Tensor" not in str(argument.type):
             continue
         value = args[index] if index < len(args) else kwargs.get(argument.name)
-        if value is not None and not isinstance(value, Value):
-            raise Undescribed
-        operands.append(value)
+        operands.append(value if isinstance(value, Value) else None)  # a number has no axes
     return operands
 
 
 def _input_name(node: fx.Node) -> str:
-    """``hidden_states`` of ``L['hidden_states']``."""
-    source = source_name(node) or node.name
-    plain = re.fullmatch(r"[LG]\['([^']*)'\]", source)
-    return plain[1] if plain else source
+    """``hidden_states`` of ``L['hidden_states']`` or ``L['kwargs']['hidden_states']``."""
+    source = source_of(node)
+    plain = re.fullmatch(r"[LG](?:\['kwargs'\])?\['([^']*)'\]", source)
+    return plain[1] if plain else user_path(source) or source
 
 
 def base_name(node: fx.Node) -> str:
     """``aten.add_`` of ``aten.add_.Tensor``."""
     return str(node.target).rpartition(".")[0]
-
-
-def module_path(source: str) -> str:
-    """``L['self'].blocks.0.attn`` -> ``blocks.0.attn``; both of Dynamo's spellings are understood."""
-    return user_name(source) or re.sub(r"^[LG]\['[^']*'\]\.?", "", source)
 
 
 def sizes_of(value: Tensor) -> tuple[Size, ...]:
