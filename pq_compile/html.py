@@ -280,7 +280,7 @@ def _top(entries: Iterable[Mapping[str, Any]]) -> float:
 
 
 def _bits(bits: float | None) -> str:
-    return "-" if bits is None else f"{bits:g}"
+    return "-" if bits is None else f"{bits:.3g}"
 
 
 def _name(name: str) -> str:

@@ -214,7 +214,7 @@ def linear_line(planned: LinearPlan) -> str:
         f"{linear.name}: {linear.in_features} -> {linear.out_features}",
         planned.route
         if planned.bits_per_weight is None
-        else f"{planned.route} at {planned.bits_per_weight:g} bits per weight",
+        else f"{planned.route} at {planned.bits_per_weight:.3g} bits per weight",
         *_errors(planned.error_before, planned.error_after),
     ]
     if planned.group is not None:

@@ -167,12 +167,21 @@ def test_a_reason_that_names_its_own_block_folds() -> None:
     assert folded == ("blocks.{0..2,5}.up", "blocks.*.gate shares its weight.")
 
 
+def test_a_reason_is_said_once_for_all_it_holds_for() -> None:
+    linears = [
+        {"name": name, "route": "keep", "reason": "skipped by name"}
+        for name in ("embed", "blocks.0.up", "blocks.1.up", "head")
+    ]
+    names = "embed, blocks.{0..1}.up, head"
+    assert not_quantised({"linears": linears}) == [(names, "skipped by name.")]
+
+
 def test_a_quantised_linear_without_a_group_has_its_sentence() -> None:
     (section,) = toy_plans.report().sections
-    lonely = [replace(one, group=None) for one in section.plan.linears]
+    lonely = [replace(one, group=None) for one in section.plan.linears[:2]]
     plan = replace(section.plan, linears=tuple(lonely))
     found = Report((replace(section, plan=plan),), Options()).to_dict()
-    assert ("blocks.{0..1}.ff.up", "its input belongs to no group of axes.") in not_reordered(found)
+    assert ("blocks.0.attn.to_v", "its input belongs to no group of axes.") in not_reordered(found)
 
 
 def test_the_page_is_sound_and_says_every_reason(tmp_path: Path) -> None:
@@ -267,6 +276,18 @@ def test_a_figure_too_large_to_read_says_what_it_leaves_out(
     assert rails(drawn).count('class="badge"') == 1
     text = Page(page(toy_plans.report(), tmp_path)).text
     assert "Not drawn: 1 modules and 2 groups more." in text
+
+
+def test_a_crowded_figure_keeps_free_groups_and_far_reaching_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("pq_compile.svg.RAILS", 2)
+    drawn = block(toy_plans.plan(), toy_plans.groups())
+    assert [g.name for g in drawn.groups] == [
+        "blocks.0.attn.to_v.weight[0]",
+        "blocks.0.ff.up.weight[0]",
+    ]
+    assert drawn.left_out == (0, 1)
 
 
 def test_names_around_the_block_index() -> None:
