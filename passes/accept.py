@@ -13,7 +13,6 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from pq_compile.errors import Refused
 from pq_compile.formats import FORMATS
 from pq_compile.options import Options
 from pq_compile.permutation import Permutation
@@ -47,13 +46,10 @@ def accept(
 
     ``kept``: why a linear cannot be quantised, by the name of its weight (or its own). ``stats``
     and ``weights`` [N, K] by name of weight; errors are None where either is missing or meta.
-    Groups are decided in order, each with the orders accepted before it in force. Raises
-    ``Refused`` if no linear can be quantised, unless the format is "none".
+    Groups are decided in order, each with the orders accepted before it in force.
     """
     unique = one_per_weight(linears)
     routes = {linear.weight: route_of(linear, options, kept) for linear in unique}
-    if options.format != "none":
-        _require_one_quantised(unique, routes, kept)
     evidence = Evidence(
         groups,
         FORMATS.get(options.format),
@@ -209,19 +205,3 @@ def _bits(linear: Linear, route: str, evidence: Evidence) -> float | None:
         return evidence.format.bits_per_weight(linear.out_features, linear.in_features)
     weight = evidence.weights.get(linear.weight)
     return None if weight is None else 8.0 * weight.element_size()
-
-
-def _require_one_quantised(
-    linears: Sequence[Linear], routes: Mapping[str, tuple[str, str]], kept: Mapping[str, str]
-) -> None:
-    if any(route != "keep" for route, _ in routes.values()):
-        return
-    known = {name for linear in linears for name in (linear.weight, linear.name)}
-    reasons = [f"{linear.name}: {routes[linear.weight][1]}" for linear in linears]
-    reasons += [f"{name}: {reason}" for name, reason in kept.items() if name not in known]
-    why = "; ".join(reasons[:3]) or "it holds none"
-    more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
-    raise Refused(
-        f"permuquant: no linear of this graph can be quantised ({why}{more}). Compile a model with "
-        "larger linears, loosen the option skip, or only reorder: format 'none'"
-    )

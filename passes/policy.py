@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from types import MappingProxyType
 
@@ -17,11 +17,12 @@ BUILTIN_SKIP = (
     "caption_projection*",
     "*_caption_projection*",
     "img_in*",
+    "img_emb*",
     "txt_in*",
     "vid_in*",
     "distilled_guidance_layer*",
     "norm_out*",
-    "final_layer*",
+    "final_*",
     "*_final_layer*",
     "proj_out_[12]",
     "out_layer*",
@@ -83,3 +84,21 @@ def _keep(linear: Linear, options: Options, kept: Mapping[str, str]) -> str | No
     if (size := linear.in_features * linear.out_features) < SMALLEST:
         return f"its {size:,} weights are fewer than {SMALLEST:,}"
     return None
+
+
+def nothing_to_quantise(
+    linears: Sequence[Linear], kept: Mapping[str, str], options: Options
+) -> str | None:
+    """Why no linear of a graph can be quantised and what to do, as a sentence; None if one can."""
+    routes = {linear.name: route_of(linear, options, kept) for linear in linears}
+    if options.format == "none" or any(route != "keep" for route, _ in routes.values()):
+        return None
+    known = {name for linear in linears for name in (linear.weight, linear.name)}
+    reasons = [f"{name}: {reason}" for name, (_, reason) in routes.items()]
+    reasons += [f"{name}: {reason}" for name, reason in kept.items() if name not in known]
+    why = "; ".join(reasons[:3]) or "it holds no linear"
+    more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
+    return (
+        f"permuquant: nothing in this model can be quantised ({why}{more}). Compile a model with "
+        "larger linears, loosen the option skip, or only reorder: format 'none'"
+    )

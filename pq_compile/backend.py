@@ -49,6 +49,7 @@ PASSES = Passes(
     extend=passes.propagate.extend,
     plan=passes.accept.accept,
     fold=passes.fold.fold,
+    nothing_to_quantise=passes.policy.nothing_to_quantise,
 )
 
 
@@ -68,8 +69,10 @@ def permuquant(
     parsed = Options.parse(options)
     _refuse_what_is_not_inference(example_inputs)
     analysis = analyse(module, example_inputs, parsed)
-    if not analysis.lowered.packed and parsed.format != "none" and _is_whole_model():
-        raise Refused(nothing_to_quantise(analysis.graph, parsed))
+    needs = analysis.program.needs
+    nothing = passes.policy.nothing_to_quantise(needs.linears, needs.kept, parsed)
+    if nothing is not None and _is_whole_model():
+        raise Refused(nothing)
     _dump(numbered(parsed.dump, "graph"), analysis)
     compiled = None
     weights = [example_inputs[i] for i in analysis.lowered.packed]
@@ -104,18 +107,6 @@ def routes(graph: passes.capture.Graph, options: Options) -> dict[str, str]:
     by_name = {one.name: route_of(one, options, graph.kept)[0] for one in graph.linears}
     by_node = {node: by_name[name] for node, name in graph.nodes.items()}
     return {node: route for node, route in by_node.items() if route != "keep"}
-
-
-def nothing_to_quantise(graph: passes.capture.Graph, options: Options) -> str:
-    """Why no linear of the graph can be quantised, and what to do."""
-    route_of = passes.policy.route_of
-    reasons = [f"{one.name}: {route_of(one, options, graph.kept)[1]}" for one in graph.linears]
-    reasons += [f"{name}: {reason}" for name, reason in graph.kept.items()]
-    why = "; ".join(reasons[:3]) if reasons else "it has no linear layer"
-    return (
-        f"permuquant: nothing in this model can be quantised ({why}). Compile a model with larger "
-        "linear layers, or use torch.compile's default backend"
-    )
 
 
 def _refuse_what_is_not_inference(example_inputs: Sequence[Any]) -> None:

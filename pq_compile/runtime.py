@@ -143,9 +143,8 @@ class CompiledGraph:
             if unit.frozen:
                 return None
             held = any(ref() in HELD for _, ref in binding.references[:1])
-            if unit.options.observed_calls == 0 and not held:
-                self._freeze(unit)
-                return None if unit.frozen else self.program.module(*args)
+            if unit.ready and unit.options.observed_calls == 0 and not held and self._freeze(unit):
+                return None
             if unit.failure is not None:
                 return self.program.module(*args)
             unit.observer.begin_call({name: args[i] for i, name in self.program.inputs.items()})
@@ -163,9 +162,10 @@ class CompiledGraph:
         weights = [binding.names[i] for i in self.program.sites[site].weights]
         binding.unit.observer.observe(x, weights)
 
-    def _freeze(self, unit: Unit) -> None:
+    def _freeze(self, unit: Unit) -> bool:
         try:
             unit.freeze()
+            return True
         except Refused:
             raise
         except Exception as error:
@@ -176,6 +176,7 @@ class CompiledGraph:
                 RuntimeWarning,
                 stacklevel=2,
             )
+            return False
         finally:
             progress.done(unit)
 

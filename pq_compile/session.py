@@ -28,6 +28,9 @@ def freeze(model: Any) -> None:
                 "permuquant: nothing was observed yet; call the compiled model at least once "
                 "before freeze (a few prompts over the whole schedule choose best)"
             )
+    reasons = [unit.nothing_to_quantise() for unit in _units(model)]
+    if reasons[0] is not None and all(reasons):
+        raise Refused(reasons[0])
     for unit in _units(model):
         unit.freeze()
 

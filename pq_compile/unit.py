@@ -56,6 +56,7 @@ class Passes:
     extend: Callable[[Mapping[Axis, Permutation], Groups], tuple[Orders, tuple[str, ...]]]
     plan: Callable[..., Plan]
     fold: Callable[[str, Tensor, Groups, Orders], Tensor]
+    nothing_to_quantise: Callable[..., str | None]
 
 
 @dataclass(frozen=True)
@@ -204,6 +205,10 @@ class Unit:
             served = {name: entry.tensors for name, entry in self._entries.items()}
             dump_frozen(numbered(self.options.dump, "unit"), seen, needs.groups, plan, served)
             log.info("frozen: %d linears, %s", len(plan.linears), self.seconds)
+
+    def nothing_to_quantise(self) -> str | None:
+        """Why none of the unit's linears can be quantised; None if one can."""
+        return self.passes.nothing_to_quantise(self.needs.linears, self.needs.kept, self.options)
 
     def _maker(self, orders: Orders) -> Maker:
         def fold(name: str, tensor: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ class Denoiser(nn.Module):
     def __init__(self, blocks: int = 2, width: int = 64) -> None:
         super().__init__()
         self.x_embedder = nn.Linear(8, width)
-        self.blocks = nn.ModuleList(Block(width) for _ in range(blocks))
+        self.blocks: Any = nn.ModuleList(Block(width) for _ in range(blocks))
         self.proj_out = nn.Linear(width, 8)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
