@@ -7,12 +7,12 @@ from html import escape
 from typing import Any
 
 from . import svg
+from .html_table import breakable, cell, error_cells, html_table, name_cell, number_cell
 from .page_assets import SCRIPT, STYLE
 from .plan import Group, Groups, Plan
 from .show import error
 from .table import Fold, change, feeding, fold, not_quantised, not_reordered, size
 
-NUMBER = ' class="number"'
 FIGURES, LEAVES = 12, 4  # accepted groups drawn, and leaves of each
 
 Report = Mapping[str, Any]
@@ -98,7 +98,7 @@ def _warnings(report: Report) -> str:
 def _kinds(report: Report) -> str:
     folds = fold(report["linears"], lambda e: (e["in_features"], e["out_features"], e["route"]))
     top = max((part.mean("error_before") or 0 for part in folds), default=0)
-    return _key() + _table(
+    return _key() + html_table(
         ["linear", "in × out", "route", "reordered", "before", "after", "change", "error"],
         [_kind(part, top) for part in folds],
     )
@@ -107,11 +107,11 @@ def _kinds(report: Report) -> str:
 def _kind(part: Fold, top: float) -> list[str]:
     first, before, after = part.entries[0], part.mean("error_before"), part.mean("error_after")
     return [
-        _name(part.name),
-        _number(f"{first['in_features']} × {first['out_features']}", first["in_features"]),
-        _cell(first["route"]),
-        _number(part.reordered(), sum(entry["accepted"] for entry in part.entries)),
-        *_error_cells(before, after, top),
+        name_cell(part.name),
+        number_cell(f"{first['in_features']} × {first['out_features']}", first["in_features"]),
+        cell(first["route"]),
+        number_cell(part.reordered(), sum(entry["accepted"] for entry in part.entries)),
+        *error_cells(before, after, top),
     ]
 
 
@@ -135,8 +135,8 @@ def _block(block: svg.Block) -> str:
     rows = [
         [
             f'<td class="hue{i % 8}"><b class="rail-letter">{svg.letter_of(i)}</b></td>',
-            _name(group.name),
-            _cell(group.structure),
+            name_cell(group.name),
+            cell(group.structure),
             f'<td class="why">{escape(_state(group, block))}</td>',
         ]
         for i, group in enumerate(block.groups)
@@ -149,7 +149,7 @@ def _block(block: svg.Block) -> str:
         "that order, an arrow onto a rail writes it, a dot moves along. Thick: reordered. "
         "Thin: free. Dashed: pinned.</p>"
         f'<div class="beside"><div class="figure">{svg.rails(block)}{note}</div>'
-        f"{_table(['rail', 'first axis', 'channels', 'state'], rows)}</div>"
+        f"{html_table(['rail', 'first axis', 'channels', 'state'], rows)}</div>"
     )
 
 
@@ -185,7 +185,7 @@ def _figure(entry: Mapping[str, Any]) -> str:
     leaves = [leaf for leaf in group.leaves if leaf in orders]
     drawn = "".join(svg.permutation(orders[leaf]) for leaf in leaves[:LEAVES])
     more = f", {LEAVES} drawn" if len(leaves) > LEAVES else ""
-    caption = f"{_breakable(group.name)}<br><small>{escape(group.structure)} channels{more}</small>"
+    caption = f"{breakable(group.name)}<br><small>{escape(group.structure)} channels{more}</small>"
     kind = "many" if len(leaves) > 1 else "one"
     return f'<figure><div class="{kind}">{drawn}</div><figcaption>{caption}</figcaption></figure>'
 
@@ -196,13 +196,13 @@ def _groups(report: Report) -> str:
     top = _top(feeds)
     rows = [
         [
-            _name(group["name"]),
-            _cell(group["structure"]),
-            _number(str(len(group["axes"])), len(group["axes"])),
-            _number(str(len(group["feeds"])), len(group["feeds"])),
-            _cell("accepted" if group["accepted"] else "free" if group["free"] else "pinned"),
-            _number("-" if group["alpha"] is None else f"{group['alpha']:g}", group["alpha"]),
-            *_error_cells(group["error_before"], group["error_after"], top),
+            name_cell(group["name"]),
+            cell(group["structure"]),
+            number_cell(str(len(group["axes"])), len(group["axes"])),
+            number_cell(str(len(group["feeds"])), len(group["feeds"])),
+            cell("accepted" if group["accepted"] else "free" if group["free"] else "pinned"),
+            number_cell("-" if group["alpha"] is None else f"{group['alpha']:g}", group["alpha"]),
+            *error_cells(group["error_before"], group["error_after"], top),
         ]
         for group in feeds
     ]
@@ -217,32 +217,34 @@ def _groups(report: Report) -> str:
         "best order",
     ]
     note = f'<p class="key">{rest} more groups feed no linear: their order changes no error.</p>'
-    return _table([*heads, "change", "error"], rows, scroll=True) + (note if rest else "")
+    return html_table([*heads, "change", "error"], rows, scroll=True) + (note if rest else "")
 
 
 def _linears(report: Report) -> str:
     top = _top(report["linears"])
     rows = [
         [
-            _name(linear["name"]),
-            _number(f"{linear['in_features']} × {linear['out_features']}", linear["in_features"]),
-            _cell(linear["kernel"] or linear["route"]),
-            _number(_bits(linear["bits_per_weight"]), linear["bits_per_weight"]),
-            _cell("reordered" if linear["accepted"] else "free" if linear["free"] else "pinned"),
-            *_error_cells(linear["error_before"], linear["error_after"], top),
+            name_cell(linear["name"]),
+            number_cell(
+                f"{linear['in_features']} × {linear['out_features']}", linear["in_features"]
+            ),
+            cell(linear["kernel"] or linear["route"]),
+            number_cell(_bits(linear["bits_per_weight"]), linear["bits_per_weight"]),
+            cell("reordered" if linear["accepted"] else "free" if linear["free"] else "pinned"),
+            *error_cells(linear["error_before"], linear["error_after"], top),
             f'<td class="why">{escape(linear["reason"])}</td>',
         ]
         for linear in report["linears"]
     ]
     heads = ["linear", "in × out", "route", "bits", "input", "before", "after", "change", "error"]
-    return _table([*heads, "why"], rows, scroll=True)
+    return html_table([*heads, "why"], rows, scroll=True)
 
 
 def _reasons(reasons: Iterable[tuple[str, str]], nothing: str) -> str:
-    rows = [[_name(name), f'<td class="why">{escape(why)}</td>'] for name, why in reasons]
+    rows = [[name_cell(name), f'<td class="why">{escape(why)}</td>'] for name, why in reasons]
     if not rows:
         return f'<p class="key">{nothing}</p>'
-    return _table(["name", "reason"], rows)
+    return html_table(["name", "reason"], rows)
 
 
 def _costs(report: Report) -> str:
@@ -255,24 +257,14 @@ def _costs_of(head: str, costs: Mapping[str, tuple[float, str]]) -> str:
     top = max((value for value, _ in costs.values()), default=0) or 1
     rows = [
         [
-            _name(what),
-            _number(text, value),
+            name_cell(what),
+            number_cell(text, value),
             f'<td><svg class="bars" viewBox="0 0 152 15" aria-hidden="true"><rect class="after" '
             f'x="1" y="4" width="{150 * max(value, 0) / top:.1f}" height="7"/></svg></td>',
         ]
         for what, (value, text) in costs.items()
     ]
-    return _table([head, "", ""], rows) if rows else ""
-
-
-def _error_cells(before: float | None, after: float | None, top: float) -> list[str]:
-    ratio = after / before - 1 if before and after is not None else None
-    return [
-        _number(error(before), before),
-        _number(error(after), after),
-        _number(change(before, after), ratio),
-        f"<td>{svg.bars(before, after, top)}</td>",
-    ]
+    return html_table([head, "", ""], rows) if rows else ""
 
 
 def _top(entries: Iterable[Mapping[str, Any]]) -> float:
@@ -281,37 +273,3 @@ def _top(entries: Iterable[Mapping[str, Any]]) -> float:
 
 def _bits(bits: float | None) -> str:
     return "-" if bits is None else f"{bits:.3g}"
-
-
-def _name(name: str) -> str:
-    return f'<td class="name">{_breakable(name)}</td>'
-
-
-def _breakable(name: str) -> str:
-    """A long name may go on in the next line after a dot."""
-    return escape(name).replace(".", ".<wbr>")
-
-
-def _cell(text: str) -> str:
-    return f"<td>{escape(text)}</td>"
-
-
-def _number(text: str, value: float | None) -> str:
-    """A right-aligned cell; ``value`` is what it sorts by."""
-    key = "" if value is None else f' data-value="{value:.9g}"'
-    return f"<td{NUMBER}{key}>{escape(text)}</td>"
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], scroll: bool = False) -> str:
-    rows = list(rows)
-    kinds = [NUMBER if cell.startswith(f"<td{NUMBER}") else "" for cell in next(iter(rows), heads)]
-    head = "".join(
-        f'<th scope="col"{kind}>{escape(title)}</th>'
-        for title, kind in zip(heads, kinds, strict=True)
-    )
-    body = "\n".join(f"<tr>{''.join(row)}</tr>" for row in rows)
-    kind = "scroll tall" if scroll else "scroll"
-    return (
-        f'<div class="{kind}"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>\n{body}\n</tbody></table></div>"
-    )
