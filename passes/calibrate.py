@@ -55,7 +55,6 @@ class Observer:
     def calls(self) -> int:
         return len(self._contents)
 
-    @torch.inference_mode(False)
     @torch.no_grad()
     def begin_call(self, inputs: Mapping[str, Tensor]) -> None:
         """A call begins with these inputs (parameters left out), by name.
@@ -84,7 +83,6 @@ class Observer:
             known.update(values[: TIMES - len(known)])
         self._contents.append(contents)
 
-    @torch.inference_mode(False)
     @torch.no_grad()
     def observe(self, x: Tensor, weights: Sequence[str]) -> None:
         """``x`` [..., K], floating, is read by the linears of these weights in the current call.
@@ -94,7 +92,7 @@ class Observer:
         """
         if not self.calls:
             raise RuntimeError("begin_call comes before observe")
-        x = x.detach().reshape(-1, x.shape[-1])
+        x = x.reshape(-1, x.shape[-1])
         sums = sums_of_squares(x)
         if not math.isfinite(sums.sum().item()):
             name = weights[0].removesuffix(".weight")

@@ -25,15 +25,17 @@ def pipeline(prompts: int, steps: int, guided: bool) -> Iterator[dict[str, Tenso
             for text in (prompt, -1) if guided else (prompt,):
                 yield {
                     "x": x,
-                    "text": torch.full((1, 3, 4), float(text)),
+                    "text": (text + 2) * torch.tensor([[[1.0, -1.0]]]),
                     "t": torch.tensor([1 - step / steps]),
                     "ids": torch.arange(12.0).reshape(4, 3),
                 }
 
 
-def observed(calls: Sequence[dict[str, Tensor]] | Iterator[dict[str, Tensor]]) -> Observer:
+def observed(
+    calls: Sequence[dict[str, Tensor]] | Iterator[dict[str, Tensor]], seed: int = 0
+) -> Observer:
     """Every row that call ``n`` observes holds ``n``, from 1."""
-    observer = Observer(seed=0)
+    observer = Observer(seed)
     for number, inputs in enumerate(calls, 1):
         observer.begin_call(inputs)
         observer.observe(torch.full((20, 2), float(number)), ["w.weight"])
@@ -146,8 +148,9 @@ def test_whole_prompts_are_held_out() -> None:
     assert [len(prompts) for prompts in prompts_of] == [6, 2]
 
 
-def test_alternating_guidance_holds_out_prompts_and_fits_to_the_empty_one() -> None:
-    fit, held_out, by = sides(observed(pipeline(prompts=4, steps=8, guided=True)))
+@pytest.mark.parametrize("seed", range(6))
+def test_alternating_guidance_holds_out_prompts_and_fits_to_the_empty_one(seed: int) -> None:
+    fit, held_out, by = sides(observed(pipeline(prompts=4, steps=8, guided=True), seed))
     assert by == "run"
     assert len({(call - 1) // 16 for call in held_out}) == 1
     assert len(held_out) == 8
@@ -163,7 +166,7 @@ def test_few_step_models_have_runs_of_few_calls() -> None:
 
 def test_a_batch_of_prompt_and_empty_prompt_is_one_content() -> None:
     calls = [
-        {**inputs, "text": torch.cat([inputs["text"], torch.zeros(1, 3, 4)])}
+        {**inputs, "text": torch.cat([inputs["text"], torch.zeros(1, 1, 2)])}
         for inputs in pipeline(prompts=4, steps=6, guided=False)
     ]
     fit, held_out, by = sides(observed(calls))
@@ -221,6 +224,11 @@ def test_a_run_seen_through_two_graphs_stays_whole() -> None:
     assert found.by == "run"
     assert len({n // 8 for n in found.held_out}) == 1
     assert len(found.held_out) == 8
+
+
+def test_an_input_that_only_some_calls_have_tells_runs_apart() -> None:
+    contents = {n: {"mask": 0} if n >= 16 else {} for n in range(32)}
+    assert split(contents, list(contents), seed=0).by == "run"
 
 
 def test_a_run_with_no_sampled_call_is_not_held_out() -> None:

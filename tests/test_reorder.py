@@ -102,6 +102,13 @@ def test_channels_that_never_fire_come_last_and_ties_stay() -> None:
     assert {orders[0].order for orders in found.values()} == {(1, 3, 4, 0, 2)}
 
 
+def test_an_order_of_many_ties_is_the_one_they_stand_in() -> None:
+    groups = grouped({"a": [(0, 500)]})
+    stats, weights = {"a.weight": statistics([1.0] * 500)}, {"a.weight": torch.ones(1, 500)}
+    found = candidates(groups.groups[0], groups, [linear("a", 500)], stats, weights, (0.5,))
+    assert found[0.5][0].is_identity
+
+
 def test_an_input_that_is_always_zero_leaves_the_order_alone() -> None:
     groups = grouped({"a": [(0, 3)]})
     stats = {"a.weight": statistics([0.0, 0.0, 0.0])}
