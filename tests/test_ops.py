@@ -1,0 +1,187 @@
+"""``permuquant::linear``: its result, its shapes under every kind of input, its refusals."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pq_compile import ops
+from pq_compile.errors import Refused
+from pq_compile.formats import FORMATS, INT4, NVFP4, Format
+
+ALL = pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+SCHEMES = pytest.mark.parametrize("scheme", ops.SCHEMES)
+HALF_ULP = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
+
+linear: Any = torch.ops.permuquant.linear
+
+
+def weight(form: Format, n: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    return form.quantize(form.pad(torch.randn(n, k)))
+
+
+def expected(
+    form: Format, scheme: str, x: Tensor, w: tuple[Tensor, Tensor, Tensor], bias: Tensor | None
+) -> Tensor:
+    """In fp64, from the definitions alone."""
+    seen = x.double()
+    if scheme == "w4a4":
+        seen = form.dequantize(*form.quantize(form.pad(x))).double()[..., : x.shape[-1]]
+    y = seen @ form.dequantize(*w).double()[:, : x.shape[-1]].T
+    return y if bias is None else y + bias.double()
+
+
+@ALL
+@SCHEMES
+@pytest.mark.parametrize("dtype", HALF_ULP, ids=str)
+@pytest.mark.parametrize("shape", [(120,), (3, 120), (2, 3, 128), (2, 1, 3, 64)], ids=str)
+def test_it_is_the_product_with_the_decoded_weight(
+    form: Format, scheme: str, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    torch.manual_seed(0)
+    x, w = torch.randn(shape, dtype=dtype), weight(form, 24, shape[-1])
+    bias = torch.randn(24, dtype=dtype)
+    y = linear(x, *w, bias, form.name, scheme)
+    wanted = expected(form, scheme, x, w, bias)
+    assert (y.shape, y.dtype) == (wanted.shape, dtype)
+    scale = wanted.abs() + wanted.abs().mean()
+    assert ((y.double() - wanted).abs() <= scale * (HALF_ULP[dtype] + 4e-6)).all()
+
+
+@SCHEMES
+def test_fp64_is_summed_in_fp64(scheme: str) -> None:
+    torch.manual_seed(1)
+    x, w = torch.randn(5, 64, dtype=torch.float64), weight(NVFP4, 24, 64)
+    w = (*w[:2], torch.ones(()))
+    if scheme == "w4a4":  # with a peak of 6 * 448 the tensor scale is 1
+        x = torch.randint(-6, 7, (5, 64)).double()
+        x[:, ::16] = 6 * 448
+    y = linear(x, *w, None, "nvfp4", scheme)
+    torch.testing.assert_close(
+        y, expected(NVFP4, scheme, x, w, None), rtol=1e-12, atol=1e-12 * y.abs().max().item()
+    )
+
+
+def test_integers_come_out_exactly() -> None:
+    x = torch.randint(-3, 4, (7, 32)).float()
+    x[:, ::16] = 6.0
+    x[0, 0] = 6 * 448
+    w = NVFP4.quantize(x)
+    held = NVFP4.dequantize(*w)
+    assert torch.equal(linear(x, *w, None, "nvfp4", "w4a4"), held @ held.T)
+
+
+@ALL
+@SCHEMES
+def test_no_rows_give_no_rows(form: Format, scheme: str) -> None:
+    w = weight(form, 24, 64)
+    for shape in ((0, 64), (2, 0, 64)):
+        y = linear(torch.randn(shape), *w, None, form.name, scheme)
+        assert y.shape == (*shape[:-1], 24)
+
+
+@SCHEMES
+def test_views_give_what_their_copies_give(scheme: str) -> None:
+    torch.manual_seed(2)
+    w = weight(NVFP4, 24, 64)
+    for view in (
+        torch.randn(64, 6).T,
+        torch.randn(1, 64).expand(6, 64),
+        torch.randn(3, 4, 128)[:, ::2, ::2],
+        torch.randn(2, 64, 3).transpose(1, 2),
+    ):
+        y = linear(view, *w, None, "nvfp4", scheme)
+        assert y.is_contiguous()
+        assert torch.equal(y, linear(view.clone(), *w, None, "nvfp4", scheme))
+
+
+def test_the_activation_scale_is_that_of_the_whole_input() -> None:
+    torch.manual_seed(3)
+    x, w = torch.randn(4, 64), weight(NVFP4, 24, 64)
+    x[0] *= 1e4
+    together = linear(x, *w, None, "nvfp4", "w4a4")
+    apart = torch.cat([linear(row[None], *w, None, "nvfp4", "w4a4") for row in x])
+    assert torch.equal(together[0], apart[0])
+    assert not torch.equal(together[1:], apart[1:])
+
+
+def test_a_row_that_is_not_finite_spoils_its_own_outputs_only() -> None:
+    x, w = torch.randn(4, 64), weight(NVFP4, 24, 64)
+    x[1, 7] = torch.inf
+    y = linear(x, *w, None, "nvfp4", "w4a4")
+    assert y[1].isnan().all()
+    assert y[[0, 2, 3]].isfinite().all()
+
+
+def test_its_inputs_are_left_alone() -> None:
+    given = [torch.randn(4, 64), *weight(NVFP4, 24, 64), torch.randn(24)]
+    before = [x.clone() for x in given]
+    for scheme in ops.SCHEMES:
+        linear(*given, "nvfp4", scheme)
+    for x, was in zip(given, before, strict=True):
+        assert torch.equal(
+            x.view(x.shape or 1).view(torch.uint8), was.view(x.shape or 1).view(torch.uint8)
+        )
+
+
+def test_torch_finds_nothing_wrong_with_the_operator() -> None:
+    arguments = (torch.randn(2, 3, 64), *weight(INT4, 24, 64), torch.randn(24))
+    for scheme in ops.SCHEMES:
+        torch.library.opcheck(linear.default, (*arguments, "int4", scheme))
+
+
+def test_torch_finds_nothing_wrong_with_float8_scales() -> None:
+    """Less ``test_schema``, which compares its inputs in a way that torch lacks for float8."""
+    utilities = (
+        "test_autograd_registration",
+        "test_faketensor",
+        "test_aot_dispatch_static",
+        "test_aot_dispatch_dynamic",
+    )
+    for shape in ((128,), (3, 120), (0, 128), (2, 3, 128)):
+        arguments = (torch.randn(shape), *weight(NVFP4, 24, 128), None, "nvfp4", "w4a4")
+        torch.library.opcheck(linear.default, arguments, test_utils=utilities)
+
+
+def test_one_graph_serves_every_number_of_rows() -> None:
+    w = weight(NVFP4, 24, 64)
+    graphs = []
+
+    def remember(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    @torch.compile(backend=remember, fullgraph=True, dynamic=True)
+    def compiled(x: Tensor) -> Any:
+        return linear(x, *w, None, "nvfp4", "w4a4")
+
+    with torch.no_grad():
+        for rows in (2, 3, 17):
+            x = torch.randn(5, rows, 64)
+            assert torch.equal(compiled(x), linear(x, *w, None, "nvfp4", "w4a4"))
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "form", "scheme", "sentence"),
+    [
+        ((2, 64), "nvfp5", "w4a4", "no format 'nvfp5'; there are nvfp4, mxfp4, int4, int3"),
+        ((2, 64), "nvfp4", "w8a8", "no scheme 'w8a8'; there are w4a4, w4a16"),
+        ((2, 48), "nvfp4", "w4a4", "a nvfp4 weight of 64 channels does not fit"),
+        ((2, 65), "nvfp4", "w4a16", "an input of shape [2, 65]; its last dimension must be 64"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    shape: tuple[int, ...], form: str, scheme: str, sentence: str
+) -> None:
+    with pytest.raises(Refused, match=re.escape(sentence)):
+        linear(torch.randn(shape), *weight(NVFP4, 24, 64), None, form, scheme)
+
+
+def test_the_cpu_computes_by_the_reference() -> None:
+    assert ops.where(torch.device("cpu"), "nvfp4", "w4a4", 100) == "reference"
+    assert ops.where(torch.device("cuda"), "int4", "w4a4", 100) == "reference"
