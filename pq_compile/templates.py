@@ -190,7 +190,7 @@ INDICES = """
     groups = tl.arange(0, {BK} // 16)
     channels = tl.arange(0, {BK})
     row = rows.to(tl.int64)[:, None]
-    column = columns[:, None]
+    column = columns.to(tl.int64)[:, None]
     accumulator = tl.zeros(({BM}, {BN}), dtype=tl.float32)
     for k in tl.range(0, {BLOCKS}, num_stages={STAGES}):
         byte = (k * ({BK} // 2) + offsets)[None, :]
