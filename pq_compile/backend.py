@@ -33,7 +33,7 @@ from .plan import Groups, Linear
 from .released import Released
 from .runtime import CompiledGraph, Program, Site
 from .show import show
-from .trail import numbered
+from .trail import dump_frozen, numbered
 from .unit import Needs, Passes
 
 log = logging.getLogger(__name__)
@@ -50,6 +50,7 @@ PASSES = Passes(
     plan=passes.accept.accept,
     fold=passes.fold.fold,
     nothing_to_quantise=passes.policy.nothing_to_quantise,
+    frozen=dump_frozen,
 )
 
 

@@ -13,7 +13,7 @@ from .backend import PASSES, Analysis, analyse
 from .errors import Refused
 from .options import Options
 from .reporting import Report, Section
-from .session import dry_plan, scheme
+from .sections import dry_plan, scheme
 
 
 def explain(
@@ -35,7 +35,8 @@ def explain(
     original = getattr(model, "_orig_mod", model)
     start = time.perf_counter()
     with torch.no_grad():
-        torch.compile(original, backend=record)(*args, **kwargs)
+        traced: Any = torch.compile(original, backend=record)
+        traced(*args, **kwargs)
     elapsed = time.perf_counter() - start
     if not found:
         raise Refused(

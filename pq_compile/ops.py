@@ -6,6 +6,9 @@ plain torch reference does: on the CPU, for the formats other than NVFP4, on old
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
@@ -64,6 +67,22 @@ def where(device: torch.device, format: str, scheme: str, rows: int) -> str:
         return "reference"
     capability = torch.cuda.get_device_capability(device)
     return kernels.route(capability, triton.__version__, scheme, rows)
+
+
+def specs(
+    device: torch.device, format: str, scheme: str, rows: int, **shape: Any
+) -> tuple[kernels.KernelSpec, ...]:
+    """The kernels that ``linear`` launches for a product of ``shape`` (k, n, dtype, bias)."""
+    kind: Any = where(device, format, scheme, rows)
+    if kind == "reference":
+        return ()
+    capability = torch.cuda.get_device_capability(device)
+    product = kernels.tuned(kind, capability, rows, **shape)
+    if scheme != "w4a4":
+        return (product,)
+    native = capability in kernels.FP4_CAPABILITIES
+    peak = kernels.tuned("peak", capability, rows, k=shape["k"])
+    return peak, replace(peak, kind="quantise", instruction=native), product
 
 
 def reference(

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 from .errors import Refused
-from .options import Options
-from .plan import Plan
-from .reporting import Report, Section
+from .reporting import Report
 from .resolve import parameters_of
 from .runtime import HELD
-from .unit import OWNERS, Needs, Passes, Unit
+from .sections import section
+from .unit import OWNERS, Unit
 
 
 def freeze(model: Any) -> None:
@@ -66,7 +64,7 @@ def report(model: Any) -> Report:
     """What was found, decided and done, linear by linear; before freezing, what would be."""
     names = {id(tensor): name for name, tensor in parameters_of(model).items()}
     units = _units(model)
-    return Report(tuple(_section(unit, names) for unit in units), units[0].options)
+    return Report(tuple(section(unit, names) for unit in units), units[0].options)
 
 
 def _units(model: Any) -> list[Unit]:
@@ -80,43 +78,3 @@ def _units(model: Any) -> list[Unit]:
             "nn.Linear compiled in place never reaches a backend)"
         )
     return units
-
-
-def _section(unit: Unit, user_names: dict[int, str]) -> Section:
-    tensors = unit.parameters()
-    names = {name: user_names.get(id(tensor), name) for name, tensor in tensors.items()}
-    needs = unit.needs.renamed(names, unit.passes.rename)
-    old = (group.name for group in unit.needs.groups.groups)
-    renamed = dict(zip(old, (group.name for group in needs.groups.groups), strict=True))
-    plan = unit.plan or dry_plan(unit.passes, unit.needs, unit.options)
-    return Section(
-        plan=plan.renamed(names, renamed),
-        groups=needs.groups,
-        phase=_phase(unit),
-        scheme=scheme(unit.options),
-        calibration_calls=unit.calls,
-        weight_bytes_before=sum(tensor.nbytes for tensor in tensors.values()),
-        weight_bytes_after=unit.bytes_served(),
-        seconds=unit.seconds,
-        warnings=unit.notes,
-    )
-
-
-def scheme(options: Options) -> str:
-    """What "auto" stands for."""
-    return "w4a4" if options.scheme == "auto" else options.scheme
-
-
-def dry_plan(passes: Passes, needs: Needs, options: Options) -> Plan:
-    """What freezing would do with every linear, no order judged."""
-    rtn = replace(options, recipe="rtn")
-    plan = passes.plan(needs.groups, needs.linears, needs.kept, {}, {}, rtn)
-    return replace(plan, recipe=options.recipe, verdicts=())
-
-
-def _phase(unit: Unit) -> str:
-    if unit.frozen:
-        return "serving"
-    if unit.failure is not None:
-        return f"own precision, for freezing failed: {unit.failure}"
-    return f"observing {unit.calls} of {unit.options.observed_calls}"

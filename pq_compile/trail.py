@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .dump import Dump, constraints
-from .plan import Groups, Orders, Plan, Statistics, axis_order
+from .kernels import KernelSpec, source
+from .ops import specs
+from .plan import Groups, LinearPlan, Orders, Statistics, axis_order
+from .reporting import Report
+from .sections import section
 from .show import order_line, show
+from .unit import Unit
 
 _COUNTERS: dict[tuple[Path, str], count[int]] = {}
 
@@ -25,20 +31,35 @@ def numbered(folder: Path | None, kind: str) -> Dump:
     return Dump(folder, prefix=f"{kind}{number}_" if number else "")
 
 
-def dump_frozen(
-    dump: Dump,
-    statistics: Mapping[str, Statistics],
-    groups: Groups,
-    plan: Plan,
-    served: Mapping[str, tuple[Tensor, ...]],
-) -> None:
-    """Statistics, plan, and what was folded and packed, with checksums of the bytes."""
-    if dump.folder is None:
+def dump_frozen(unit: Unit, statistics: Mapping[str, Statistics]) -> None:
+    """Statistics, plan, what was folded and packed with checksums, kernels and the report."""
+    dump = numbered(unit.options.dump, "unit")
+    if dump.folder is None or unit.plan is None:
         return
+    groups = unit.needs.groups
     dump.write("01_constraints.dot", constraints(groups))
     dump.write("02_statistics", show(statistics))
-    dump.write("03_plan", show(plan))
-    dump.write("04_folded", "\n".join(_folded(groups, plan.orders, served)) + "\n")
+    dump.write("03_plan", show(unit.plan))
+    dump.write("04_folded", "\n".join(_folded(groups, unit.plan.orders, unit.served())) + "\n")
+    for planned in unit.plan.linears:
+        for spec in _specs(planned, unit):
+            dump.kernel(str(spec), source(spec))
+    report = Report((section(unit, {}),), unit.options)
+    report.to_html(dump.folder / f"{dump.prefix}report.html")
+
+
+def _specs(planned: LinearPlan, unit: Unit) -> Sequence[KernelSpec]:
+    """The kernels that this linear runs on its device."""
+    one, weight = planned.linear, unit.parameters().get(planned.linear.weight)
+    if planned.route == "keep" or weight is None:
+        return ()
+    shape: dict[str, Any] = {
+        "k": one.in_features,
+        "n": one.out_features,
+        "bias": one.bias is not None,
+    }
+    how = (unit.options.format, planned.route, one.rows)
+    return specs(weight.device, *how, dtype=weight.dtype, **shape)
 
 
 def _folded(groups: Groups, orders: Orders, served: Mapping[str, tuple[Tensor, ...]]) -> list[str]:

@@ -26,7 +26,6 @@ from .options import Options
 from .permutation import Permutation
 from .plan import Axis, Groups, Linear, Orders, Plan, Statistics, axis_order
 from .released import Released, readable, restore, staleness_key
-from .trail import dump_frozen, numbered
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +56,7 @@ class Passes:
     plan: Callable[..., Plan]
     fold: Callable[[str, Tensor, Groups, Orders], Tensor]
     nothing_to_quantise: Callable[..., str | None]
+    frozen: Callable[[Unit, Mapping[str, Statistics]], None]  # told once a unit is frozen
 
 
 @dataclass(frozen=True)
@@ -202,8 +202,7 @@ class Unit:
             self.observer = self.passes.observer(self.options.seed)  # lets the rows go
             self.generation += 1
             self.seconds = {"plan": planned - start, "pack": time.perf_counter() - planned}
-            served = {name: entry.tensors for name, entry in self._entries.items()}
-            dump_frozen(numbered(self.options.dump, "unit"), seen, needs.groups, plan, served)
+            self.passes.frozen(self, seen)
             log.info("frozen: %d linears, %s", len(plan.linears), self.seconds)
 
     def nothing_to_quantise(self) -> str | None:
@@ -253,12 +252,15 @@ class Unit:
                     self._entries.pop(name, None)
             self.generation += 1
 
-    def bytes_served(self) -> int:
-        """Bytes of what serves: packed and reordered copies, and originals read as they are."""
-        total = 0
-        for name, tensor in self.parameters().items():
-            entry = self._entries.get(name)
-            total += sum(made.nbytes for made in (entry.tensors if entry else ()))
-            if not isinstance(tensor, Released):
-                total += tensor.nbytes
-        return total
+    def served(self) -> dict[str, tuple[Tensor, ...]]:
+        """What serves in place of parameters, by name; those that serve as they are left out."""
+        return {name: entry.tensors for name, entry in self._entries.items() if entry.tensors}
+
+    def memory(self) -> dict[str, int]:
+        """Bytes on the model's devices, by what they hold."""
+        tensors, entries = self.parameters(), self._entries.values()
+        return {
+            "packed weights": sum(t.nbytes for e in entries for t in e.packed or ()),
+            "reordered copies": sum(e.folded.nbytes for e in entries if e.folded is not None),
+            "originals": sum(t.nbytes for t in tensors.values() if not isinstance(t, Released)),
+        }
