@@ -86,6 +86,7 @@ def _demo(given: argparse.Namespace) -> str:
     import torch
 
     from . import demo, emoji_flux
+    from .comparison import table
 
     settings = demo.Settings(
         model=given.model or emoji_flux.DEFAULT_FOLDER,
@@ -98,7 +99,7 @@ def _demo(given: argparse.Namespace) -> str:
         device=given.device or ("cuda" if torch.cuda.is_available() else "cpu"),
     )
     rows = demo.run(settings)
-    return f"{demo.table(rows)}\n\nwritten: grid.png, report.html, results.json in {settings.out}"
+    return f"{table(rows)}\n\nwritten: grid.png, report.html, results.json in {settings.out}"
 
 
 def _explain(given: argparse.Namespace) -> str:

@@ -75,6 +75,14 @@ def test_missing_weights_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "no config.json" in mistake(["explain", "--model", str(tmp_path)], capsys)
 
 
+def test_a_folder_that_cannot_be_made_is_told_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    line = mistake(["demo", "--out", str(tmp_path / "file" / "inside")], capsys)
+    assert "cannot make the folder" in line
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_missing_device_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no CUDA device" in mistake(["demo", "--device", "cuda"], capsys)

@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pq_compile import demo, emoji_flux
-from pq_compile.demo import Row, Settings
+from pq_compile import comparison, demo, emoji_flux
+from pq_compile.comparison import Row
+from pq_compile.demo import Settings
 from pq_compile.emoji_flux import DEFAULT_FOLDER, Prompts
 from pq_compile.errors import Refused
 from pq_compile.pictures import grid
@@ -130,18 +131,18 @@ def test_calibration_makes_the_calls_in_runs_of_different_prompts(calls: int, ru
 def test_the_velocity_error_is_relative_per_sample() -> None:
     z = torch.ones(2, 256, 48)
     reference = [(z, 1.0, torch.stack([2 * z[0], 4 * z[1]]))]
-    assert demo.velocity_error(lambda z, t: 3 * z, reference) == (1 / 4 + 1 / 16) / 2
+    assert comparison.velocity_error(lambda z, t: 3 * z, reference) == (1 / 4 + 1 / 16) / 2
 
 
 def test_psnr_is_of_what_can_be_seen() -> None:
     white = torch.ones(2, 3, 64, 64)
-    assert demo.psnr(white, torch.full_like(white, 0.8)) == pytest.approx(20.0, abs=1e-4)
-    assert demo.psnr(white, 5 * white) == float("inf")
+    assert comparison.psnr(white, torch.full_like(white, 0.8)) == pytest.approx(20.0, abs=1e-4)
+    assert comparison.psnr(white, 5 * white) == float("inf")
 
 
 def test_compared_states_are_spread_from_the_first() -> None:
-    assert demo.spread(range(28), 7) == [0, 4, 8, 12, 16, 20, 24]
-    assert demo.spread(range(3), 7) == [0, 1, 2]
+    assert comparison.spread(range(28), 7) == [0, 4, 8, 12, 16, 20, 24]
+    assert comparison.spread(range(3), 7) == [0, 1, 2]
 
 
 def test_a_grid_has_a_row_per_method_and_a_column_per_prompt() -> None:
@@ -159,7 +160,9 @@ ROW = Row("rtn", 38, 32, 20, 12, 0, 18_458_720, 6_000_000, 0.0123456, 21.987)
 
 
 def test_the_table_lines_up() -> None:
-    lines = demo.table([ROW, dataclasses.replace(ROW, method="permuquant (best)")]).splitlines()
+    lines = comparison.table(
+        [ROW, dataclasses.replace(ROW, method="permuquant (best)")]
+    ).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert lines[1].split("  ")[0] == "rtn"
     for cell in ("32 of 38", "18.5 -> 6.0 MB", "0.01235", "21.99 dB"):
