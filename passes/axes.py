@@ -2,11 +2,12 @@
 
 A dim of a value is one of three things:
 
-* ``Channels``: a row of leaves. Each leaf stands for one unknown permutation of its channels; leaves
-  are merged when an op ties two rows and split when an op cuts a row between two channels. A dim may
-  hold a table of rows indexed by other dims of the same value: one row per head, say.
+* ``Channels``: a row of leaves. Each leaf stands for one unknown permutation of its channels;
+  leaves are merged when an op ties two rows and split when an op cuts a row between two channels.
+  A dim may hold a table of rows indexed by other dims of the same value: one row per head, say.
 * ``Fixed``: the positions carry meaning, nothing moves; with the reasons.
-* ``None``: the value is the same all along the dim (its size is 1, or it was expanded): any order does.
+* ``None``: the value is the same all along the dim (its size is 1, or it was expanded): any order
+  does.
 
 Invariant: a dim that another dim's table is indexed by is ``Fixed``.
 """
@@ -16,15 +17,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from typing import TypeAlias
 
 import sympy
 
 REASONS = 4  # distinct reasons kept per leaf
 PARTS = 4096  # rows of a table, or repetitions in a row, beyond which a dim is pinned
 
-Size = int | sympy.Expr
-Sizes = Sequence[Size] | Mapping[int, Size]  # of the dims that tables are indexed by
-Place = Mapping[int, int]  # dim -> position along it
+Size: TypeAlias = "int | sympy.Expr"
+Sizes: TypeAlias = Sequence[Size] | Mapping[int, Size]  # of the dims that tables are indexed by
+Place: TypeAlias = Mapping[int, int]  # dim -> position along it
 
 
 @dataclass(eq=False, slots=True)
@@ -36,9 +38,11 @@ class Leaf:
     reasons: tuple[str, ...] = ()
     link: Leaf | None = None
     parts: tuple[Leaf, Leaf] | None = None
-    ties: list[tuple[Leaf, str]] = field(default_factory=list)  # for passes/constraints.py
+    causes: tuple[str, ...] = ()  # the reasons that pinned this very leaf
+    ties: list[tuple[Leaf, str]] = field(default_factory=list)  # whose pins pin it too, and why
 
     def pin(self, reasons: Iterable[str]) -> None:
+        self.causes = joined(self.causes, reasons)
         self.reasons = joined(self.reasons, reasons)
 
 
@@ -71,7 +75,7 @@ def _root(leaf: Leaf) -> Leaf:
 
 
 def take(row: Row, size: int, why: str) -> tuple[Row, Row]:
-    """The first ``size`` channels of ``row`` and the rest, splitting a leaf at the cut if needed."""
+    """The first ``size`` channels of ``row`` and the rest, splitting a leaf at the cut."""
     row = resolve(row)
     for index, leaf in enumerate(row):
         if size < leaf.size:
@@ -83,9 +87,11 @@ def take(row: Row, size: int, why: str) -> tuple[Row, Row]:
 
 def _split(leaf: Leaf, size: int, why: str) -> tuple[Row, Row]:
     borders = (size, leaf.size - size)
-    head, tail = (Leaf(part, leaf.name, leaf.reasons) for part in borders)
+    head, tail = (Leaf(size, leaf.name, leaf.reasons) for size in borders)
     leaf.parts = (head, tail)
-    leaf.ties += [(head, f"cut by {why}"), (tail, f"cut by {why}")]
+    leaf.ties += [(head, f"{why} cuts it"), (tail, f"{why} cuts it")]
+    for part in (head, tail) if leaf.reasons else ():
+        part.ties.append((leaf, "pinned before the cut"))
     return (head,), (tail,)
 
 
@@ -103,14 +109,15 @@ def tie(first: Row, second: Row, why: str) -> None:
 def _unite(a: Leaf, b: Leaf, why: str) -> None:
     if a is b:
         return
-    a.ties.append((b, why))
-    a.pin(b.reasons)
+    a.ties.append((b, f"{why} ties it to {b.name or 'a value'}"))
+    b.ties.append((a, f"{why} ties it to {a.name or 'a value'}"))
+    a.reasons = joined(a.reasons, b.reasons)
     b.link = a
 
 
 @dataclass(frozen=True, eq=False)
 class Channels:
-    """A table of rows: ``rows[i, j]`` is the order where dims ``deps`` of the value are at ``i, j``."""
+    """A table of rows: ``rows[i, j]`` is the order where dims ``deps`` are at ``i, j``."""
 
     rows: Mapping[tuple[int, ...], Row]
     deps: tuple[int, ...] = ()
@@ -202,8 +209,10 @@ def as_channels(dim: Dim, size: int) -> Channels:
     """``dim`` as a row: a pinned leaf for a fixed one, a leaf of its own for a constant one."""
     if isinstance(dim, Channels):
         return dim
-    reasons = dim.reasons if isinstance(dim, Fixed) else ()
-    return Channels.of(Leaf(size, reasons=reasons))
+    leaf = Leaf(size)
+    if isinstance(dim, Fixed):
+        leaf.pin(dim.reasons)
+    return Channels.of(leaf)
 
 
 def unify(dims: Iterable[Dim], sizes: Sizes, why: str) -> Dim:

@@ -8,7 +8,6 @@ spelling. The analysis reads the view; Dynamo's graph is the one that will be re
 from __future__ import annotations
 
 import math
-import operator
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -57,7 +56,7 @@ class Graph:
 def capture(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Graph:
     """Name the parameters and linears of Dynamo's graph, and trace its view.
 
-    ``example_inputs`` are those that Dynamo hands the backend. No guard is added to Dynamo's shapes.
+    ``example_inputs`` are those Dynamo hands the backend. No guard is added to Dynamo's shapes.
     """
     placeholders = module.graph.find_nodes(op="placeholder")
     parameters = _parameter_names(placeholders, example_inputs)
@@ -89,7 +88,7 @@ PRIVATE = {"_modules", "_parameters", "_buffers", "__dict__"}
 
 
 def source_of(node: fx.Node) -> str:
-    """Where Dynamo found a placeholder's value, ``L['x']``; ``name`` was a method in older torch."""
+    """Where Dynamo found a placeholder's value, ``L['x']``; older torch has a method ``name``."""
     source = getattr(node, "_dynamo_source", None)
     name = getattr(source, "name", None)
     return str(name() if callable(name) else name or node.name)
@@ -188,16 +187,8 @@ def _kept(module: fx.GraphModule, parameters: Mapping[str, str]) -> dict[str, st
         if node.op == "call_function" and node.target in LINEAR:
             if not _parameter_of(node, parameters):
                 kept[node.name] = "its weight is computed in the graph"
-            elif (
-                isinstance(bias := _argument(node, 2, "bias"), fx.Node)
-                and bias.name not in parameters
-            ):
-                kept[node.name] = "its bias is computed in the graph"
         elif what in NOT_LOWERED and any(n.name in parameters for n in node.all_input_nodes):
             kept[node.name] = NOT_LOWERED[what]
-        elif node.op == "call_function" and node.target is operator.matmul:
-            if any(n.name in parameters for n in node.all_input_nodes):
-                kept[node.name] = NOT_LOWERED["matmul"]
     return kept
 
 

@@ -4,8 +4,8 @@
 letters a term may hold
 
 * ``...``  any number of leading dims, aligned from the right and broadcast;
-* ``[c]``  an axis over which the op sums or normalises: its positions mix (softmax, a norm). A letter
-  that is missing from the result is summed over, and mixes likewise;
+* ``[c]``  an axis over which the op sums or normalises: its positions mix (softmax, a norm). A
+  letter that is missing from the result is summed over, and mixes likewise;
 * ``_``    an axis whose order has a meaning (a convolution's width): pinned;
 * ``1``    an axis of size 1.
 

@@ -1,4 +1,4 @@
-"""Reorder parameters: ``W2 f(W1 x) = (W2 Pᵀ) f(P W1 x)``, the permutation disappears into storage."""
+"""Reorder parameters: ``W2 f(W1 x) = (W2 Pᵀ) f(P W1 x)``, a permutation that storage absorbs."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from pq_compile.plan import Axis, Group, Groups, Orders, Segment
 
 from .axes import Leaf, Row, resolve, tie
 
-SINGLE = "cut down to single channels"
+SINGLE = "a size of one channel"
 
 
 def gather(rows: Mapping[Axis, Row]) -> Groups:
@@ -122,8 +122,8 @@ def extend(orders: Mapping[Axis, Permutation], groups: Groups) -> tuple[Orders, 
     """Orders of whole axes, already in force, as orders of the leaves of ``groups``.
 
     A leaf keeps its channels in place where its known axes disagree, where an order moves channels
-    across its borders, or where it is pinned; then a sentence says so, naming the axis. An axis whose
-    order is not known follows its leaves.
+    across its borders, or where it is pinned; then a sentence says so, naming the axis. An axis
+    whose order is not known follows its leaves.
     """
     known: dict[int, tuple[Axis, Permutation]] = {}
     refused: dict[int, str] = {}

@@ -44,7 +44,7 @@ def narrow(call: Call, x: Value, dim: int, start: Any, length: Size) -> Value:
                 _between(order, start, length, call.why) if whole else pin(order, (call.why,))
             )
         elif dim in order.deps and whole:
-            dims.append(_shifted(order, dim, start, int(length)))  # type: ignore[arg-type]
+            dims.append(_shifted(order, dim, start, int(length)))
         else:
             dims.append(order.without(dim, call.why))
     return Value((*x.shape[:dim], length, *x.shape[dim + 1 :]), tuple(dims))
@@ -96,7 +96,7 @@ def select(call: Call, x: Value, dim: int, index: Any) -> Value:
 
 
 def _picked(call: Call, x: Value, dim: int, new: int, span: int = 1) -> Value:
-    """``span`` dims from ``dim`` on replaced by ``new`` ones, picked by something only known at run time."""
+    """``span`` dims from ``dim`` on replaced by ``new`` ones, picked by who knows what."""
     gone = range(dim, dim + span)
     for d in gone:
         pin(x.dims[d], (call.why,))
@@ -178,7 +178,7 @@ def _beyond(dims: Sequence[Dim], new: int) -> list[Dim]:
 def _join(call: Call, parts: Sequence[Value], dim: int, table: bool) -> Value:
     depend = any(isinstance(d, Channels) and dim in d.deps for part in parts for d in part.dims)
     sizes = [part.shape[dim] for part in parts]
-    few = all(isinstance(size, int) for size in sizes) and len(parts) and sum(sizes) <= PARTS  # type: ignore[arg-type]
+    few = all(isinstance(size, int) for size in sizes) and len(parts) and sum(sizes) <= PARTS
     table = bool((table or depend) and few)
     dims: list[Dim] = []
     for index in range(len(call.shape)):
@@ -186,7 +186,7 @@ def _join(call: Call, parts: Sequence[Value], dim: int, table: bool) -> Value:
         if index == dim:
             joint = _fixed(orders, call) if table else _side_by_side(orders, sizes, call)
         elif table and any(isinstance(order, Channels) for order in orders):
-            joint = _stacked(orders, sizes, dim, int(call.shape[index]), call)  # type: ignore[call-overload]
+            joint = _stacked(orders, sizes, dim, int(call.shape[index]), call)
         else:
             joint = unify(
                 (_without(order, dim, call.why) for order in orders), call.shape, call.why
@@ -212,7 +212,7 @@ def _side_by_side(orders: Sequence[Dim], sizes: Sequence[Size], call: Call) -> D
         return orders[0] if len(orders) == 1 else _fixed(orders, call)
     if not all(isinstance(size, int) for size in sizes):
         return _fixed(orders, call)
-    rows = [as_channels(order, int(size)) for order, size in zip(orders, sizes, strict=True)]  # type: ignore[call-overload]
+    rows = [as_channels(order, int(size)) for order, size in zip(orders, sizes, strict=True)]
     deps = {dep for row in rows for dep in row.deps}
 
     def joint(at: Place) -> Row:
@@ -226,7 +226,7 @@ def _stacked(
 ) -> Channels:
     """The tables of the parts one after another along ``dim``."""
     rows = [as_channels(order, size) for order in orders]
-    owner = [(row, at) for row, n in zip(rows, sizes, strict=True) for at in range(int(n))]  # type: ignore[call-overload]
+    owner = [(row, at) for row, n in zip(rows, sizes, strict=True) for at in range(int(n))]
 
     def row(at: Place) -> Row:
         part, position = owner[at[dim]]
@@ -250,10 +250,16 @@ def pad(
     return Value(call.shape, tuple(dims))
 
 
+def _pinned(size: int, why: str) -> Leaf:
+    leaf = Leaf(size)
+    leaf.pin((why,))
+    return leaf
+
+
 def _padded(order: Dim, left: Any, right: Any, size: Size, mode: str, call: Call) -> Dim:
     known = isinstance(left, int) and isinstance(right, int) and left >= 0 and right >= 0
     if not known or mode != "constant" or not isinstance(order, Channels):
         return pin(order, (call.why,)) or Fixed((call.why,))
-    sides = [(Leaf(width, reasons=(call.why,)),) if width else () for width in (left, right)]
+    sides = [(_pinned(width, call.why),) if width else () for width in (left, right)]
     rows = {at: (*sides[0], *resolve(row), *sides[1]) for at, row in order.rows.items()}
     return Channels(rows, order.deps)

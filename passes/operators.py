@@ -81,29 +81,21 @@ def mix(call: Call, x: Value, dim: int, *_: object, **__: object) -> Value:
     return read(f"{' '.join(mixed)} -> {' '.join(names)}", (x,), call.shape, call.why)
 
 
-def reduce(call: Call, x: Value, dim: Any = None, keepdim: bool = False, **_: object) -> Value:
+def reduce(call: Call, x: Value, dim: Any = None, *_: object, **__: object) -> Value:
     """Sum, mean, maximum, ... over dims: they disappear, or stay with size 1."""
     rank = len(x.shape)
-    gone = _dims(dim, rank)
+    gone = _dims(None if isinstance(dim, bool) else dim, rank)
+    keepdim = len(call.shape) == rank
     names = _names(rank)
     left = [n if i not in gone else "1" for i, n in enumerate(names) if keepdim or i not in gone]
     return read(f"{' '.join(names)} -> {' '.join(left)}", (x,), call.shape, call.why)
 
 
-def variance(
-    call: Call, x: Value, dim: Any = None, *_: object, keepdim: bool = False, **__: object
-) -> Value:
-    """As any reduction; its second argument may be the correction's old name."""
-    if isinstance(dim, bool):
-        dim = None
-    return reduce(call, x, dim, keepdim)
-
-
 def norm(
-    call: Call, x: Value, _: object, dim: Any = None, keepdim: bool = False, **__: object
+    call: Call, x: Value, _: object = None, dim: Any = None, *__: object, **___: object
 ) -> Value:
-    """A vector norm is a reduction."""
-    return reduce(call, x, dim, keepdim)
+    """A vector norm is a reduction; its order comes first."""
+    return reduce(call, x, dim)
 
 
 def layer_norm(
@@ -224,7 +216,7 @@ def constant(call: Call, *_: object, **__: object) -> Value:
 def pad_sequence(
     call: Call, values: Sequence[Value], batch_first: bool = False, *_: object, **__: object
 ) -> Value:
-    """Sequences of rows padded to one length: only the last dims are shared, and keep their order."""
+    """Sequences of rows padded to one length: only the last dims are shared."""
     text = ", ".join(["_ ..."] * len(values))
     result = "_ _ ..."
     return read(f"{text} -> {result}", values, call.shape, call.why)

@@ -1,7 +1,8 @@
 """Which parameter axes one permutation moves together, and what pins the others.
 
-``W2 f(W1 x) = (W2 Pᵀ) f(P W1 x)``: the rows of W1 and the columns of W2 are one group. Every parameter
-axis starts as one leaf of its own; walking the graph once, each op's rule ties, cuts and pins leaves.
+``W2 f(W1 x) = (W2 Pᵀ) f(P W1 x)``: the rows of W1 and the columns of W2 are one group. Every
+parameter axis starts as one leaf of its own; walking the graph once, each op's rule ties, cuts and
+pins leaves.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ class _Walk:
             return _known(result)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.get)
         if node.target is operator.getitem and isinstance(args[0], tuple):
-            return args[0][args[1]]
+            return args[0][node.args[1]]  # type: ignore[index]
         operands = [value for value in _leaves((args, kwargs)) if isinstance(value, Value)]
         call = Call(_shapes(result), self._why(node))
         if not operands and rule_of(node.target) is not operators.constant:
@@ -136,7 +137,9 @@ class _Walk:
         if isinstance(value, tuple):
             return value
         result = node.meta.get("val")
-        if not isinstance(value, Value) or storage_of(result) not in self.written:
+        if not isinstance(value, Value) or not isinstance(result, Tensor):
+            return value
+        if storage_of(result) not in self.written:
             return value
         reason = f"written in place by {self._why(self.written[storage_of(result)])}"
         dims = (

@@ -1,8 +1,8 @@
 """Every op that is understood, in one table.
 
-An entry is an axis equation (``equations.py`` has the notation) or, where the equation depends on the
-op's arguments, the function that finds it. Keys are ATen names, with the overload where it matters.
-An op that is not here pins every axis it touches.
+An entry is an axis equation (``equations.py`` has the notation) or, where the equation depends on
+the op's arguments, the function that finds it. Keys are ATen names, with the overload where it
+matters. An op that is not here pins every axis it touches.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ Rule = str | Callable[..., Any]
 POINTWISE = "each ... -> ..."
 """Every tensor operand broadcasts into the result; numbers are the same for all positions."""
 
-POINTWISE_OPS = """
-    abs acos add addcdiv addcmul angle asin atan atan2 bitwise_and bitwise_not bitwise_or ceil celu clamp
-    clamp_max clamp_min clip complex conj conj_physical copy cos cosh deg2rad div divide elu eq erf exp exp2
-    expm1 floor floor_divide fmod gelu greater gt ge hardsigmoid hardswish hardtanh imag isfinite isinf isnan
-    le leaky_relu lerp less log log10 log1p log2 log_sigmoid logical_and logical_not logical_or logical_xor
-    logit lt masked_fill maximum minimum mish mul multiply nan_to_num ne neg negative polar positive pow
-    prelu_scalar real reciprocal relu relu6 remainder resolve_conj round rsqrt rsub selu sgn sigmoid sign silu
-    sin sinc sinh softplus sqrt square sub subtract tan tanh threshold true_divide trunc where
-""".split()
+POINTWISE_OPS = (  # noqa: SIM905
+    "abs acos add addcdiv addcmul angle asin atan atan2 bitwise_and bitwise_not bitwise_or "
+    "ceil celu clamp clamp_max clamp_min clip complex conj conj_physical copy cos cosh "
+    "deg2rad div divide elu eq erf exp exp2 expm1 floor floor_divide fmod gelu greater gt "
+    "ge hardsigmoid hardswish hardtanh imag isfinite isinf isnan le leaky_relu lerp less "
+    "log log10 log1p log2 log_sigmoid logical_and logical_not logical_or logical_xor logit "
+    "lt masked_fill maximum minimum mish mul multiply nan_to_num ne neg negative polar "
+    "positive pow real reciprocal relu relu6 remainder resolve_conj round "
+    "rsqrt rsub selu sgn sigmoid sign silu sin sinc sinh softplus sqrt square sub subtract "
+    "tan tanh threshold true_divide trunc where "
+).split()
 
 RULES: dict[str, Rule] = {
     **{f"aten.{name}": POINTWISE for name in POINTWISE_OPS},
@@ -60,10 +62,11 @@ RULES: dict[str, Rule] = {
     "aten._softmax": operators.mix,
     "aten.linalg_vector_norm": operators.norm,
     "aten.norm": operators.norm,
-    "aten.var": operators.variance,
-    "aten.std": operators.variance,
     **dict.fromkeys(
-        ("aten.sum", "aten.mean", "aten.amax", "aten.amin", "aten.prod", "aten.any", "aten.all"),
+        (
+            *("aten.sum", "aten.mean", "aten.amax", "aten.amin", "aten.prod", "aten.any"),
+            *("aten.all", "aten.var", "aten.std"),
+        ),
         operators.reduce,
     ),
     # one shape becomes another

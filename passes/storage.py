@@ -70,8 +70,7 @@ def aliased(graph: Graph, example_inputs: Sequence[Any]) -> list[tuple[str, str]
 
 def _span(value: Tensor) -> tuple[int, int]:
     """The bytes of its storage between which a tensor lies."""
-    last = sum(
-        (size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True)
-    )
-    start = value.storage_offset()
-    return start * value.element_size(), (start + last + 1) * value.element_size()
+    steps = zip(value.shape, value.stride(), strict=True)
+    start = int(value.storage_offset())
+    end = start + sum(int((size - 1) * stride) for size, stride in steps) + 1
+    return start * value.element_size(), end * value.element_size()

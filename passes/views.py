@@ -1,8 +1,8 @@
 """Ops that cut, merge and repeat dims: reshape and its kin.
 
-A reshape is a sequence of regroupings of neighbouring dims. Merging ``h`` fixed positions with a row
-of ``d`` channels lays the rows side by side; splitting a row of ``h * d`` channels cuts it into a table
-of rows, one per position. So flattened heads keep one permutation per head.
+A reshape is a sequence of regroupings of neighbouring dims. Merging ``h`` fixed positions with a
+row of ``d`` channels lays the rows side by side; splitting a row of ``h * d`` channels cuts it into
+a table of rows, one per position. So flattened heads keep one permutation per head.
 """
 
 from __future__ import annotations
@@ -50,30 +50,32 @@ def _squeeze(x: Value) -> Value:
 def cuts(a: Sequence[Size], b: Sequence[Size]) -> list[tuple[int, int]]:
     """Where two shapes of equally many elements have a border in common, ends included.
 
-    ``i, j`` is one if the sizes before (or those after) multiply to the same; sizes may be symbolic.
+    ``i, j`` is one if the sizes before, or those after, multiply to the same; sizes may be symbols.
     """
-    before = {product: i for i, product in enumerate(_products(a))}
-    after = {product: i for i, product in enumerate(_products(a[::-1]))}
+    before = {total: i for i, total in enumerate(_products(a))}
+    after = {total: i for i, total in enumerate(_products(a[::-1]))}
     found = {(0, 0), (len(a), len(b))}
-    for j, product in enumerate(_products(b)):
-        if product in before:
-            found.add((before[product], j))
-    for j, product in enumerate(_products(b[::-1])):
-        if product in after:
-            found.add((len(a) - after[product], len(b) - j))
-    return sorted(found)
+    for j, total in enumerate(_products(b)):
+        if total in before:
+            found.add((before[total], j))
+    for j, total in enumerate(_products(b[::-1])):
+        if total in after:
+            found.add((len(a) - after[total], len(b) - j))
+    borders = sorted(found)
+    rising = all(i < k and j < m for (i, j), (k, m) in pairwise(borders))
+    return borders if rising else [borders[0], borders[-1]]
 
 
 def _products(sizes: Sequence[Size]) -> list[Size]:
     products: list[Size] = [1]
     for size in sizes:
-        product = products[-1] * size
-        products.append(product if isinstance(product, int) else sympy.expand(product))
+        total = products[-1] * size
+        products.append(total if isinstance(total, int) else sympy.expand(total))
     return products
 
 
 def regroup(x: Value, start: int, count: int, sizes: Sequence[Size], why: str) -> Value:
-    """``x`` with ``count`` dims from ``start`` on replaced by dims of ``sizes``, element by element.
+    """``x`` with ``count`` dims from ``start`` on replaced by dims of ``sizes``, elements in order.
 
     A row of ``x`` that depends on one of them afterwards depends on the new ones.
     """
@@ -120,7 +122,7 @@ def _reindexed(
             flat, before[d] = divmod(flat, int(size))
         return dim.at(before)
 
-    lengths = {**dict(zip(new, sizes, strict=True)), **_lengths(dim, place)}
+    lengths = {**_lengths(dim, place), **dict(zip(new, sizes, strict=True))}
     return Channels.build(row, (*moved, *new), lengths).simplified()
 
 
@@ -149,7 +151,7 @@ def _merge(dims: Sequence[Dim], gone: range, sizes: Sequence[Size], why: str) ->
 
 
 def _repeated(last: Dim, gone: range, sizes: Sequence[Size], why: str) -> Dim:
-    heads = [dep for dep in gone[:-1]]
+    heads = list(gone[:-1])
     if not isinstance(last, Channels) or not _count(sizes[:-1]):
         return pin(last, (why,))
 
@@ -183,7 +185,7 @@ def _split(dim: Dim, start: int, sizes: Sequence[Size], place: Place, why: str) 
         piece: Row = table.at(at)[index]  # type: ignore[assignment]
         return piece
 
-    lengths = {**dict(zip(heads, sizes, strict=False)), **_lengths(dim, place)}
+    lengths = {**_lengths(dim, place), **dict(zip(heads, sizes, strict=False))}
     return [*[Fixed((why,))] * len(heads), Channels.build(row, (*table.deps, *heads), lengths)]
 
 
@@ -228,7 +230,7 @@ def repeat_interleave(
 
 
 def _repeat_dim(x: Value, dim: int, pair: tuple[Size, Size], new: int, call: Call) -> Value:
-    """Dim ``dim`` becomes two, ``pair``, of which the one at ``new`` repeats; then they are merged."""
+    """Dim ``dim`` becomes two, ``pair``, the one at ``new`` repeating; then they are merged."""
     at = dim + new
 
     def place(d: int) -> int:
