@@ -87,8 +87,7 @@ def example_inputs(
     lowered: Lowered, given: Sequence[Any], format_name: str, mode: FakeTensorMode | None
 ) -> list[Any]:
     """Inputs to compile the lowered graph with: Dynamo's own, and fake packed tensors."""
-    format_ = FORMATS[format_name]
-    fakes = {i: fake_packed(given[i], format_, mode) for i in lowered.packed}
+    fakes = {i: fake_packed(given[i], FORMATS[format_name], mode) for i in lowered.packed}
     return [
         given[source.index] if source.field is None else fakes[source.index][source.field]
         for source in lowered.sources
