@@ -32,8 +32,9 @@ TEMPLATES: dict[Kind, str] = {
 }
 TYPES = {torch.float16: "tl.float16", torch.bfloat16: "tl.bfloat16", torch.float32: "tl.float32"}
 
-FP4_CAPABILITIES = ((10, 0), (10, 3), (12, 0), (12, 1))
-"""Compute capabilities with FP4 tensor cores that ``tl.dot_scaled`` is known to reach."""
+OLDEST_TRITON = (3, 6)
+FP4_SINCE = {(10, 0): (3, 6), (10, 3): (3, 6), (12, 0): (3, 6), (12, 1): (3, 8)}
+"""Compute capabilities with FP4 units, and the first Triton whose ``dot_scaled`` reaches them."""
 
 VECTOR_ROWS = 16
 
@@ -96,12 +97,13 @@ def route(capability: tuple[int, int] | None, triton_version: str, scheme: str, 
 
     ``capability`` is that of the CUDA device, None elsewhere.
     """
-    modern = tuple(map(int, triton_version.split(".")[:2])) >= (3, 6)
-    if capability is None or capability < (8, 0) or not modern:
+    version = tuple(map(int, triton_version.split(".")[:2]))
+    if capability is None or capability < (8, 0) or version < OLDEST_TRITON:
         return "reference"
     if scheme == "w4a16":
         return "w4a16_vector" if rows <= VECTOR_ROWS else "w4a16_portable"
-    return "w4a4_native" if capability in FP4_CAPABILITIES else "w4a4_portable"
+    native = capability in FP4_SINCE and version >= FP4_SINCE[capability]
+    return "w4a4_native" if native else "w4a4_portable"
 
 
 def tuned(kind: Kind, capability: tuple[int, int], rows: int, **shape: Any) -> KernelSpec:
@@ -109,13 +111,15 @@ def tuned(kind: Kind, capability: tuple[int, int], rows: int, **shape: Any) -> K
 
     Raises ``Refused`` for the native product on a device without FP4 tensor cores.
     """
-    if kind == "w4a4_native" and capability not in FP4_CAPABILITIES:
+    if kind == "w4a4_native" and capability not in FP4_SINCE:
         raise Refused(
             f"permuquant: a device of compute capability {capability[0]}.{capability[1]} has no "
             "FP4 tensor cores that Triton reaches; route() gives the kernel that it can run"
         )
-    few = max(16, triton.next_power_of_2(min(rows, 128)))
-    registers_only = capability[0] not in (9, 10)  # no tensor core reads its sums from elsewhere
+    few = 16 if rows <= 16 else 64 if rows <= 64 else 128
+    in_registers = capability[0] not in (9, 10)  # there, operands decoded for tensor cores
+    if kind == "w4a4_portable" and in_registers:
+        few = min(few, 64)
     match kind:
         case "peak" | "quantise":
             how = _how((16, 256), warps=4, stages=1)
@@ -128,8 +132,8 @@ def tuned(kind: Kind, capability: tuple[int, int], rows: int, **shape: Any) -> K
             how = _how((few, 128, 256), warps=8 if few == 128 else 4, stages=2)
         case "w4a16_portable" if shape["dtype"] == torch.float32:  # no tensor core: few sums
             how = _how((16, 32, 32), warps=4, stages=2)
-        case _ if few < 128 or registers_only:
-            how = _how((few, 64, 64), warps=8 if few > 32 else 4, stages=3)
+        case _ if few < 128 or in_registers:
+            how = _how((few, 64, 64), warps=8 if few > 16 else 4, stages=3)
         case _:
             how = _how((128, 128, 64), warps=8, stages=3)
     return KernelSpec(kind, **shape, **how)
@@ -155,7 +159,7 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     capability = _capability(x)
     spec = tuned("peak", capability, rows, k=k)
     _launch(spec, rows, padded, x, peak)
-    native = capability in FP4_CAPABILITIES
+    native = capability in FP4_SINCE
     spec = tuned("quantise", capability, rows, k=k, instruction=native)
     _launch(spec, rows, padded, x, peak, packed, scales, tensor_scale)
     return packed, scales.view(torch.float8_e4m3fn), tensor_scale

@@ -39,12 +39,10 @@ def linear(
     """
     weight = (packed, scales, tensor_scale)
     of = _checked(x, packed, format, scheme)
-    rows = x.reshape(-1, x.shape[-1])
-    if rows.shape[0] == 0:
-        y = rows.new_zeros((0, packed.shape[0]))
-    else:
-        how = where(x.device, format, scheme, rows.shape[0])
-        y = _multiply(how, of, scheme, rows, weight, bias)
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    empty = x.numel() == 0 or packed.numel() == 0
+    how = "reference" if empty else where(x.device, format, scheme, rows.shape[0])
+    y = _multiply(how, of, scheme, rows, weight, bias)
     return y.view(*x.shape[:-1], packed.shape[0])
 
 

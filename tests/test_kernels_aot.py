@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pq_compile.kernels import FP4_CAPABILITIES, KernelSpec, Kind, load, route, tuned
+from pq_compile.kernels import FP4_SINCE, KernelSpec, Kind, load, route, tuned
 
 POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 TARGETS = (80, 89, 90, 100, 103, 120, 121)
@@ -23,7 +23,7 @@ ROWS: dict[Kind, tuple[int, ...]] = {
     "quantise": (4608,),
     "w4a4_native": (1, 64, 4608),
     "w4a4_portable": (1, 64, 4608),
-    "w4a16_portable": (17, 64, 4608),
+    "w4a16_portable": (17, 33, 64, 4608),
     "w4a16_vector": (1, 4, 16),
 }
 SHAPES = {"regular": (3072, 3072), "ragged": (120, 250)}
@@ -48,7 +48,7 @@ def spec_of(
     k, n = SHAPES[shape]
     extra: dict[str, Any] = {"n": n, "bias": True}
     if kind in ("peak", "quantise"):
-        extra = {"instruction": kind == "quantise" and capability_of(target) in FP4_CAPABILITIES}
+        extra = {"instruction": kind == "quantise" and capability_of(target) in FP4_SINCE}
     return tuned(kind, capability_of(target), rows, k=k, dtype=dtype, **extra)
 
 
@@ -109,7 +109,7 @@ def test_the_other_dtypes_compile_without_spilling(
     assert stack_bytes(compiled(spec, 90), tmp_path) == 0
 
 
-@pytest.mark.parametrize("target", [100, 103, 120, 121])
+@pytest.mark.parametrize("target", [target for target in TARGETS if runs_on("w4a4_native", target)])
 @pytest.mark.parametrize("rows", [1, 4608])
 def test_the_native_product_is_one_of_e2m1_with_e4m3_scales_of_sixteen(
     target: int, rows: int

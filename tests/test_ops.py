@@ -82,6 +82,9 @@ def test_no_rows_give_no_rows(form: Format, scheme: str) -> None:
     for shape in ((0, 64), (2, 0, 64)):
         y = linear(torch.randn(shape), *w, None, form.name, scheme)
         assert y.shape == (*shape[:-1], 24)
+    assert linear(torch.randn(5, 64), *weight(form, 0, 64), None, form.name, scheme).shape == (5, 0)
+    w, bias = weight(form, 24, 0), torch.randn(24)
+    assert torch.equal(linear(torch.randn(5, 0), *w, bias, form.name, scheme), bias.expand(5, 24))
 
 
 @SCHEMES
