@@ -40,7 +40,8 @@ class Block(nn.Module):
         )
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2)
         x = x + self.to_out(attended)
-        return x + self.down(F.gelu(self.up(self.norm(x)), approximate="tanh"))
+        out: Tensor = x + self.down(F.gelu(self.up(self.norm(x)), approximate="tanh"))
+        return out
 
 
 class Denoiser(nn.Module):
@@ -120,6 +121,12 @@ def _by_hand(route: str, format_name: str, order: Permutation) -> Any:
         return F.linear(a, w, bias).to(x.dtype)
 
     return hook
+
+
+def run(model: Any, *args: Any) -> Tensor:
+    with torch.no_grad():
+        out: Tensor = model(*args)
+    return out
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

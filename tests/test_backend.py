@@ -17,7 +17,7 @@ import pq_compile
 from pq_compile.errors import Refused
 from pq_compile.options import Options
 from pq_compile.resolve import parameters_of
-from tests.models import Denoiser, denoiser, inputs
+from tests.models import Denoiser, denoiser, inputs, run
 
 
 @pytest.fixture(autouse=True)
@@ -30,12 +30,6 @@ def fresh_dynamo() -> Iterator[None]:
 def compiled(model: Any, **options: Any) -> Any:
     options = {"calibration_calls": 1, "progress": False, "recipe": "rtn", **options}
     return torch.compile(model, backend="permuquant", options=options)
-
-
-def run(model: Any, *args: Tensor) -> Tensor:
-    with torch.no_grad():
-        out: Tensor = model(*args)
-    return out
 
 
 # ---------------------------------------------------------------- refusals

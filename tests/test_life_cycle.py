@@ -21,6 +21,7 @@ from tests.models import (
     denoiser,
     inputs,
     relative_error,
+    run,
     served_by_hand,
     unit_of,
 )
@@ -40,12 +41,6 @@ def fresh_dynamo() -> Iterator[None]:
 def compiled(model: nn.Module, **options: Any) -> Any:
     options = {"calibration_calls": 3, "progress": False, "recipe": "random", **options}
     return torch.compile(model, backend="permuquant", options=options)
-
-
-def run(model: Any, *args: Tensor) -> Tensor:
-    with torch.no_grad():
-        out: Tensor = model(*args)
-    return out
 
 
 def by_hand(model: Denoiser, *args: Tensor) -> Tensor:

@@ -32,16 +32,10 @@ import pq_compile
 from pq_compile import demo, emoji_flux, kernels
 from pq_compile.formats import NVFP4
 from pq_compile.released import Released
-from tests.models import denoiser, inputs, relative_error, served_by_hand, unit_of
+from tests.models import denoiser, inputs, relative_error, run, served_by_hand, unit_of
 
 Record = dict[str, Any]
 CLOSE = 5e-3
-
-
-def run(model: Any, *args: Tensor) -> Tensor:
-    with torch.no_grad():
-        out: Tensor = model(*args)
-    return out
 
 
 def compiled(model: nn.Module, mode: str | None = None, **options: Any) -> Any:
