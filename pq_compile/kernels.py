@@ -143,6 +143,13 @@ def _how(tile: tuple[int, ...], warps: int, stages: int) -> dict[str, Any]:
     return {"tile": tile, "warps": warps, "stages": stages}
 
 
+def quantise_specs(capability: tuple[int, int], rows: int, k: int) -> tuple[KernelSpec, KernelSpec]:
+    """The two kernels of ``quantise``; the second packs by instruction where there is one."""
+    native = capability in FP4_SINCE
+    second = tuned("quantise", capability, rows, k=k, instruction=native)
+    return tuned("peak", capability, rows, k=k), second
+
+
 def quantise_reference(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``x`` [M, K] -> packed [M, K'/2], scales [M, K'/16], tensor scale; K' is K padded."""
     return NVFP4.quantize(NVFP4.pad(x))
@@ -156,12 +163,9 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     packed = x.new_empty((rows, padded // 2), dtype=torch.uint8)
     scales = x.new_empty((rows, padded // 16), dtype=torch.uint8)
     tensor_scale = x.new_empty((), dtype=torch.float32)
-    capability = _capability(x)
-    spec = tuned("peak", capability, rows, k=k)
-    _launch(spec, rows, padded, x, peak)
-    native = capability in FP4_SINCE
-    spec = tuned("quantise", capability, rows, k=k, instruction=native)
-    _launch(spec, rows, padded, x, peak, packed, scales, tensor_scale)
+    first, second = quantise_specs(_capability(x), rows, k)
+    _launch(first, rows, padded, x, peak)
+    _launch(second, rows, padded, x, peak, packed, scales, tensor_scale)
     return packed, scales.view(torch.float8_e4m3fn), tensor_scale
 
 
@@ -185,7 +189,7 @@ def matmul_w4a4(
 ) -> Tensor:
     """``matmul_w4a4_reference`` by the kernel ``kind``; sums in fp32 in another order."""
     rows, n, k = len(a[0]), len(w[0]), 2 * w[0].shape[1]
-    shape = {"k": k, "n": n, "dtype": _narrow(dtype), "bias": bias is not None}
+    shape = {"k": k, "n": n, "dtype": narrow(dtype), "bias": bias is not None}
     spec = tuned(kind, _capability(a[0]), rows, **shape)
     y = a[0].new_empty((rows, n), dtype=spec.dtype)
     _launch(spec, rows, n, *_bytes(a), *_bytes(w), y if bias is None else bias, y)
@@ -208,7 +212,7 @@ def matmul_w4a16(
     kind: Literal["w4a16_vector", "w4a16_portable"],
 ) -> Tensor:
     """``matmul_w4a16_reference`` by the kernel ``kind``; fp64 is computed in fp32."""
-    dtype, x = x.dtype, x.to(_narrow(x.dtype)).contiguous()
+    dtype, x = x.dtype, x.to(narrow(x.dtype)).contiguous()
     rows, k, n = *x.shape, len(w[0])
     shape = {"k": k, "n": n, "dtype": x.dtype, "bias": bias is not None}
     spec = tuned(kind, _capability(x), rows, **shape)
@@ -236,7 +240,8 @@ def _bytes(operand: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tens
     return packed.contiguous(), scales.contiguous().view(torch.uint8), tensor_scale
 
 
-def _narrow(dtype: torch.dtype) -> torch.dtype:
+def narrow(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that kernels compute an fp64 product in; any other is kept."""
     return torch.float32 if dtype == torch.float64 else dtype
 
 

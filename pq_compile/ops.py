@@ -6,7 +6,6 @@ plain torch reference does: on the CPU, for the formats other than NVFP4, on old
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -75,12 +74,11 @@ def specs(
     if kind == "reference":
         return ()
     capability = torch.cuda.get_device_capability(device)
-    product = kernels.tuned(kind, capability, rows, **shape)
-    if scheme != "w4a4":
-        return (product,)
-    native = capability in kernels.FP4_CAPABILITIES
-    peak = kernels.tuned("peak", capability, rows, k=shape["k"])
-    return peak, replace(peak, kind="quantise", instruction=native), product
+    shape["dtype"] = kernels.narrow(shape["dtype"])
+    if scheme == "w4a16":
+        return (kernels.tuned(kind, capability, rows, **shape),)
+    product = kernels.tuned(kind, capability, rows, **shape | {"k": NVFP4.padded(shape["k"])})
+    return (*kernels.quantise_specs(capability, rows, shape["k"]), product)
 
 
 def reference(
@@ -112,8 +110,8 @@ def _multiply(
 ) -> Tensor:
     match how:
         case "w4a4_native" | "w4a4_portable":
-            narrow = x.float() if x.dtype == torch.float64 else x
-            return kernels.matmul_w4a4(kernels.quantise(narrow), weight, bias, x.dtype, how)
+            a = kernels.quantise(x.to(kernels.narrow(x.dtype)))
+            return kernels.matmul_w4a4(a, weight, bias, x.dtype, how)
         case "w4a16_vector" | "w4a16_portable":
             return kernels.matmul_w4a16(x, weight, bias, how)
         case _:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pq_compile import ops
+from pq_compile import kernels, ops
 from pq_compile.errors import Refused
 from pq_compile.formats import FORMATS, INT4, NVFP4, Format
 
@@ -188,3 +188,23 @@ def test_what_does_not_fit_is_refused(
 def test_the_cpu_computes_by_the_reference() -> None:
     assert ops.where(torch.device("cpu"), "nvfp4", "w4a4", 100) == "reference"
     assert ops.where(torch.device("cuda"), "int4", "w4a4", 100) == "reference"
+
+
+@pytest.mark.parametrize(
+    ("scheme", "rows", "kinds"),
+    [
+        ("w4a4", 4608, ["peak", "quantise", "w4a4_portable"]),
+        ("w4a16", 2, ["w4a16_vector"]),
+        ("w4a16", 300, ["w4a16_portable"]),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_the_kernels_of_a_product_are_known_before_it_runs(
+    monkeypatch: pytest.MonkeyPatch, scheme: str, rows: int, kinds: list[str], dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    shape = {"k": 120, "n": 64, "bias": True, "dtype": dtype}
+    specs = ops.specs(torch.device("cuda"), "nvfp4", scheme, rows, **shape)
+    assert [spec.kind for spec in specs] == kinds
+    assert all(kernels.source(spec) for spec in specs)
+    assert ops.specs(torch.device("cpu"), "nvfp4", scheme, rows, **shape) == ()
