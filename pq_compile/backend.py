@@ -95,8 +95,12 @@ class Analysis:
 def analyse(module: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Analysis:
     """Capture, propagate and lower one graph."""
     graph = passes.capture.capture(module, example_inputs)
+    log.debug("capture: %d nodes, %d linears", len(module.graph.nodes), len(graph.linears))
     groups = passes.propagate.propagate(graph, example_inputs)
+    free = sum(group.free for group in groups.groups)
+    log.debug("propagate: %d groups, %d of them free", len(groups.groups), free)
     lowered = passes.lower.lower(graph.module, routes(graph, options), options.format)
+    log.debug("lower: %d weights wanted packed", len(lowered.packed))
     program = _program(graph, groups, lowered, example_inputs)
     sizes = {name: example_inputs[i].nbytes for i, name in program.parameters.items()}
     return Analysis(graph, lowered, program, sizes)
