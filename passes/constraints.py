@@ -1,12 +1,13 @@
 """The ties and pins behind the groups as a graph, to ask why an axis may not move.
 
-Nodes are axes, leaves and reasons (strings); an edge leads to what pins its tail, and says which op
-made it so. The union-find that does the propagating forgets the way to its roots; this graph is made
-from its log afterwards.
+Nodes are axes, leaves and reasons (strings); an edge leads to what pins its tail, and says which
+op made it so. The union-find that does the propagating forgets the way to its roots; this graph is
+made from its log afterwards.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import networkx as nx
@@ -50,5 +51,5 @@ def why(rows: Rows, axis: Axis) -> list[str]:
     if not reasons:
         return []
     way = ways[min(reasons, key=lambda reason: (len(ways[reason]), reason))]
-    edges = zip(way[1:-1], way[2:-1], strict=False)
+    edges = pairwise(way[1:-1])
     return [str(axis), *(graph.edges[edge]["op"] for edge in edges), f"pinned by {way[-1]}"]

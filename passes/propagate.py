@@ -166,6 +166,8 @@ def apply(node: fx.Node, call: Call, args: Sequence[Any], kwargs: Mapping[str, A
         raise Undescribed
     if not isinstance(rule, str):
         return rule(call, *args, **kwargs)
+    if len(call.shapes) != 1:
+        raise Undescribed
     operands = tensor_operands(node.target, args, kwargs)
     if rule == POINTWISE:
         operands = [value for value in operands if value is not None]
@@ -195,6 +197,8 @@ def tensor_operands(
         if "Tensor" not in str(argument.type):
             continue
         value = args[index] if index < len(args) else kwargs.get(argument.name)
+        if isinstance(value, list | tuple):
+            raise Undescribed
         operands.append(value if isinstance(value, Value) else None)  # a number has no axes
     return operands
 

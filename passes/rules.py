@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from . import indexing, operators, views
+from . import indexing, joining, operators, views
 
 Rule = str | Callable[..., Any]
 
@@ -103,12 +103,12 @@ RULES: dict[str, Rule] = {
     "aten.unbind": indexing.unbind,
     "aten.index": indexing.index,
     "aten.index_select": indexing.index_select,
-    "aten.cat": indexing.cat,
-    "aten.concat": indexing.cat,
-    "aten.concatenate": indexing.cat,
-    "aten.stack": indexing.stack,
-    "aten.pad": indexing.pad,
-    "aten.constant_pad_nd": indexing.pad,
+    "aten.cat": joining.cat,
+    "aten.concat": joining.cat,
+    "aten.concatenate": joining.cat,
+    "aten.stack": joining.stack,
+    "aten.pad": joining.pad,
+    "aten.constant_pad_nd": joining.pad,
     "aten.pad_sequence": operators.pad_sequence,
     # the same again, or one number everywhere
     **dict.fromkeys(
@@ -129,15 +129,15 @@ RULES: dict[str, Rule] = {
     "aten.feature_dropout": operators.dropout,
     **dict.fromkeys(
         (
-            *("aten.zeros", "aten.ones", "aten.full", "aten.scalar_tensor"),
-            *("aten.zeros_like", "aten.ones_like", "aten.full_like"),
-            *("aten.new_zeros", "aten.new_ones", "aten.new_full"),
+            *("aten.zeros", "aten.ones", "aten.full", "aten.empty", "aten.scalar_tensor"),
+            *("aten.zeros_like", "aten.ones_like", "aten.full_like", "aten.empty_like"),
+            *("aten.new_zeros", "aten.new_ones", "aten.new_full", "aten.new_empty"),
         ),
         operators.constant,
     ),
 }
 
-SILENT = {"aten.view.dtype", "aten.unique"}
+SILENT = {"aten.view.dtype", "aten.where.default"}
 """Overloads that a shorter key would describe wrongly."""
 
 LOOK_AT_NO_VALUE = {

@@ -122,14 +122,16 @@ def _reindexed(
             flat, before[d] = divmod(flat, int(size))
         return dim.at(before)
 
-    lengths = {**_lengths(dim, place), **dict(zip(new, sizes, strict=True))}
+    known = _lengths(dim)
+    lengths = {place(dep): known[dep] for dep in moved.values()}
+    lengths.update(zip(new, sizes, strict=True))
     return Channels.build(row, (*moved, *new), lengths).simplified()
 
 
-def _lengths(dim: Channels, place: Place) -> dict[int, Size]:
-    """The sizes of the dims that the table is indexed by, under their new numbers."""
+def _lengths(dim: Channels) -> dict[int, Size]:
+    """The sizes of the dims that the table is indexed by."""
     ends = zip(*dim.rows, strict=True)
-    return {place(dep): max(end) + 1 for dep, end in zip(dim.deps, ends, strict=True)}
+    return {dep: max(end) + 1 for dep, end in zip(dim.deps, ends, strict=True)}
 
 
 def _count(sizes: Sequence[Size]) -> int:
@@ -163,8 +165,8 @@ def _repeated(last: Dim, gone: range, sizes: Sequence[Size], why: str) -> Dim:
             for leaf in last.at({**at, **dict(zip(heads, head, strict=True))})
         )
 
-    lengths = _lengths(last, lambda dep: dep)
-    return Channels.build(row, (dep for dep in last.deps if dep not in gone), lengths)
+    outside = (dep for dep in last.deps if dep not in gone)
+    return Channels.build(row, outside, _lengths(last))
 
 
 def _split(dim: Dim, start: int, sizes: Sequence[Size], place: Place, why: str) -> list[Dim]:
@@ -185,7 +187,7 @@ def _split(dim: Dim, start: int, sizes: Sequence[Size], place: Place, why: str) 
         piece: Row = table.at(at)[index]  # type: ignore[assignment]
         return piece
 
-    lengths = {**_lengths(dim, place), **dict(zip(heads, sizes, strict=False))}
+    lengths = {**_lengths(table), **dict(zip(heads, sizes, strict=False))}
     return [*[Fixed((why,))] * len(heads), Channels.build(row, (*table.deps, *heads), lengths)]
 
 

@@ -44,12 +44,13 @@ def test_a_source_whose_name_is_a_method_is_understood() -> None:
         return module.forward
 
     torch._dynamo.reset()
-    torch.compile(nn.Sequential(linear()), backend=backend)(torch.ones(2, 8))
+    compiled: Any = torch.compile(nn.Sequential(linear()), backend=backend)
+    compiled(torch.ones(2, 8))
     (module, inputs) = found[0]
     for node in module.graph.find_nodes(op="placeholder"):
         node._dynamo_source = Source()
     names = set(capture(module, inputs).positions)
-    assert names == {"up.weight", "up.weight#2"}
+    assert names == {"up.weight", "up.weight#2", "up.weight#3"}
 
 
 def test_parameters_and_buffers_have_names_and_positions() -> None:
@@ -63,9 +64,9 @@ def test_parameters_and_buffers_have_names_and_positions() -> None:
 
 
 def test_linears_are_described_in_graph_order() -> None:
-    def run(m: Net, x: Tensor, t: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor, t: Tensor) -> Any:
         h = m.blocks[0](x) * m.time(t)[:, None]
-        result: Tensor = m.out(h) + m.gate(h)
+        result = m.out(h) + m.gate(h)
         return result
 
     parts = {"time": linear(4, 12), "out": linear(12, 8, bias=False), "gate": linear(12, 8)}
@@ -99,7 +100,7 @@ def test_a_shared_weight_is_one_name_under_two_nodes() -> None:
 
 
 def test_a_parameter_of_another_name_keeps_it() -> None:
-    def run(m: Net, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         return F.linear(x, m.matrix)
 
     graph = trace(Net(run, matrix=torch.zeros(12, 8)), tokens().fill_(0)).graph
@@ -107,10 +108,10 @@ def test_a_parameter_of_another_name_keeps_it() -> None:
 
 
 def test_what_only_looks_like_a_linear_is_kept_with_a_reason() -> None:
-    def run(m: Net, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         x = F.linear(x, m.weight * 2) @ m.matrix
         x = m.conv(x.transpose(1, 2)).transpose(1, 2)
-        result: Tensor = m.attention(x, x, x)[0]
+        result = m.attention(x, x, x)[0]
         return result
 
     parts = {"weight": torch.zeros(8, 8), "matrix": torch.zeros(8, 8), "conv": nn.Conv1d(8, 8, 1)}
@@ -152,8 +153,8 @@ def test_a_graph_that_cannot_be_traced_says_why() -> None:
     )
 
 
-def test_sizes_known_at_run_time_only_count_as_one() -> None:
+def test_rows_of_symbolic_sizes_are_those_of_the_example() -> None:
     model, inputs = TOYS["plain_mlp"]()
     toy = trace(model, *inputs, dynamic=True)
     assert [one.rows for one in toy.graph.linears] == [10, 10]
-    assert any(isinstance(value, int) for value in toy.inputs)
+    assert any(isinstance(value, int | torch.SymInt) for value in toy.inputs)

@@ -7,6 +7,7 @@ ops leave the integers are listed in ``INEXACT``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ class Net(nn.Module):
     """Named layers and tensors around one function."""
 
     def __init__(
-        self, run: Callable[..., object], buffers: dict[str, Tensor] | None = None, **parts: object
+        self, run: Callable[..., Any], buffers: dict[str, Tensor] | None = None, /, **parts: Any
     ) -> None:
         super().__init__()
         self.run = run
@@ -32,7 +33,7 @@ class Net(nn.Module):
         for name, tensor in (buffers or {}).items():
             self.register_buffer(name, tensor)
 
-    def forward(self, *inputs: Tensor) -> object:
+    def forward(self, *inputs: Tensor) -> Any:
         return self.run(self, *inputs)
 
 
@@ -44,7 +45,7 @@ def tokens(*shape: int) -> Tensor:
     return torch.empty(shape or (2, TOKENS, WIDTH))
 
 
-def heads(x: Tensor, count: int = HEADS) -> Tensor:
+def heads(x: Any, count: int = HEADS) -> Any:
     return x.unflatten(-1, (count, -1)).transpose(1, 2)
 
 
@@ -69,21 +70,21 @@ def qkv(width: int = WIDTH, keys: int = WIDTH) -> dict[str, nn.Module]:
 
 
 def plain_mlp() -> Toy:
-    def run(m: Net, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         return m.down(F.relu(m.up(x)))
 
     return Net(run, up=linear(8, 12), down=linear(12, 8)), (tokens(),)
 
 
 def gated_mlp() -> Toy:
-    def run(m: Net, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         return m.down(F.relu(m.gate(x)) * m.up(x))
 
     return Net(run, gate=linear(8, 12), up=linear(8, 12), down=linear(12, 8)), (tokens(),)
 
 
 def fused_gate_up() -> Toy:
-    def run(m: Net, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         gate, up = m.gate_up(x).chunk(2, dim=-1)
         return m.down(F.relu(gate) * up)
 
@@ -91,7 +92,7 @@ def fused_gate_up() -> Toy:
 
 
 def squared_mlp() -> Toy:
-    def run(m: Net, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         h = m.up(x)
         return m.down(h * h + h.square())
 
@@ -99,7 +100,7 @@ def squared_mlp() -> Toy:
 
 
 def attention() -> Toy:
-    def run(m: Net, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         x = m.embed(x)
         q, k, v = (heads(layer(x)) for layer in (m.q, m.k, m.v))
         return m.head(x + m.out(joined(attend(q, k, v))))
@@ -108,7 +109,7 @@ def attention() -> Toy:
 
 
 def softmax_attention() -> Toy:
-    def run(m: Net, x: Tensor, mask: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor, mask: Tensor) -> Any:
         x = m.embed(x)
         q, k, v = (heads(layer(x)) for layer in (m.q, m.k, m.v))
         return m.head(x + m.out(joined(F.scaled_dot_product_attention(q, k, v, mask))))
@@ -117,7 +118,7 @@ def softmax_attention() -> Toy:
 
 
 def causal_attention() -> Toy:
-    def run(m: Net, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         q, k, v = (heads(layer(x)) for layer in (m.q, m.k, m.v))
         return m.out(joined(F.scaled_dot_product_attention(q, k, v, is_causal=True)))
 
@@ -125,7 +126,7 @@ def causal_attention() -> Toy:
 
 
 def grouped_query_attention() -> Toy:
-    def run(m: Net, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         q, k, v = heads(m.q(x), 4), heads(m.k(x), 2), heads(m.v(x), 2)
         return m.out(joined(F.scaled_dot_product_attention(q, k, v, enable_gqa=True)))
 
@@ -133,7 +134,7 @@ def grouped_query_attention() -> Toy:
 
 
 def repeated_key_heads() -> Toy:
-    def run(m: Net, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         q, k, v = heads(m.q(x), 4), heads(m.k(x), 2), heads(m.v(x), 2)
         k = k.repeat_interleave(2, dim=1)
         v = v[:, :, None].expand(-1, -1, 2, -1, -1).reshape(2, 4, TOKENS, 4)
@@ -143,11 +144,11 @@ def repeated_key_heads() -> Toy:
 
 
 def joint_attention() -> Toy:
-    def run(m: Net, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    def run(m: Any, image: Tensor, text: Tensor) -> Any:
         q, k, v = (heads(layer(image)) for layer in (m.q, m.k, m.v))
         added = (heads(layer(text)) for layer in (m.add_q, m.add_k, m.add_v))
         q, k, v = (torch.cat(pair, dim=2) for pair in zip((q, k, v), added, strict=True))
-        x = joined(attend(q, k, v))
+        x: Any = joined(attend(q, k, v))
         image, text = x.split([TOKENS, 3], dim=1)
         return m.out(image), m.add_out(text)
 
@@ -156,7 +157,7 @@ def joint_attention() -> Toy:
 
 
 def qk_norm() -> Toy:
-    def run(m: Net, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         q, k, v = (heads(layer(x)) for layer in (m.q, m.k, m.v))
         return m.out(joined(F.scaled_dot_product_attention(m.norm_q(q), m.norm_k(k), v)))
 
@@ -164,7 +165,7 @@ def qk_norm() -> Toy:
 
 
 def rotate_half() -> Toy:
-    def run(m: Net, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Any:
         def rotate(x: Tensor) -> Tensor:
             a, b = x.chunk(2, dim=-1)
             return x * cos + torch.cat([-b, a], dim=-1) * sin
@@ -176,7 +177,7 @@ def rotate_half() -> Toy:
 
 
 def rotate_pairs() -> Toy:
-    def run(m: Net, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Any:
         def rotate(x: Tensor) -> Tensor:
             a, b = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
             return x * cos + torch.stack([-b, a], dim=-1).flatten(3) * sin
@@ -188,7 +189,7 @@ def rotate_pairs() -> Toy:
 
 
 def rotate_complex() -> Toy:
-    def run(m: Net, x: Tensor, angle: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor, angle: Tensor) -> Any:
         def rotate(x: Tensor) -> Tensor:
             z = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
             return torch.view_as_real(z * torch.polar(torch.ones_like(angle), angle)).flatten(3)
@@ -200,7 +201,7 @@ def rotate_complex() -> Toy:
 
 
 def rotate_in_place() -> Toy:
-    def run(m: Net, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Any:
         def rotate(x: Tensor) -> Tensor:
             out = torch.empty_like(x)
             out[..., 0::2] = x[..., 0::2] * cos - x[..., 1::2] * sin
@@ -214,7 +215,7 @@ def rotate_in_place() -> Toy:
 
 
 def residual_chain() -> Toy:
-    def run(m: Net, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         x = m.embed(x)
         for up, down in zip(m.ups, m.downs, strict=True):
             x = x + down(F.relu(up(x)))
@@ -227,7 +228,7 @@ def residual_chain() -> Toy:
 
 
 def in_place_residual() -> Toy:
-    def run(m: Net, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         x = m.embed(x)
         x += m.down(F.relu(m.up(x)))
         return m.head(x.mul_(2))
@@ -237,7 +238,7 @@ def in_place_residual() -> Toy:
 
 
 def in_place_halves() -> Toy:
-    def run(m: Net, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         h = torch.zeros(2, TOKENS, 24, dtype=x.dtype)
         h[..., :12] = F.relu(m.a(x))
         h[..., 12:] += m.b(x)
@@ -247,7 +248,7 @@ def in_place_halves() -> Toy:
 
 
 def norms() -> Toy:
-    def run(m: Net, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         x = m.embed(x)
         x = x + m.down(F.silu(m.up(m.norm(x))))
         return m.head(m.rms(x))
@@ -258,7 +259,7 @@ def norms() -> Toy:
 
 
 def hand_written_norm() -> Toy:
-    def run(m: Net, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         x = m.embed(x)
         variance = x.pow(2).mean(-1, keepdim=True)
         return m.head(x * torch.rsqrt(variance + 1e-6) * (1 + m.scale) + x.std(-1, keepdim=True))
@@ -267,7 +268,7 @@ def hand_written_norm() -> Toy:
 
 
 def adaln_zero() -> Toy:
-    def run(m: Net, x: Tensor, t: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor, t: Tensor) -> Any:
         x = m.embed(x)
         parts = m.modulation(F.relu(m.time(t)))[:, None].chunk(6, dim=-1)
         shift, scale, gate, shift2, scale2, gate2 = parts
@@ -281,7 +282,7 @@ def adaln_zero() -> Toy:
 
 
 def scale_shift_table() -> Toy:
-    def run(m: Net, x: Tensor, t: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor, t: Tensor) -> Any:
         x = m.embed(x)
         time = m.time(t)
         shift, scale, gate = (m.table[None] + time.reshape(2, 3, -1)).chunk(3, dim=1)
@@ -292,7 +293,7 @@ def scale_shift_table() -> Toy:
 
 
 def concatenated_inputs() -> Toy:
-    def run(m: Net, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         q, k, v = (heads(layer(x)) for layer in (m.q, m.k, m.v))
         return m.out(torch.cat([joined(attend(q, k, v)), F.relu(m.up(x))], dim=-1))
 
@@ -300,7 +301,7 @@ def concatenated_inputs() -> Toy:
 
 
 def fused_qkv() -> Toy:
-    def run(m: Net, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         q, k, v = m.qkv(x).reshape(2, TOKENS, 3, HEADS, 4).permute(2, 0, 3, 1, 4).unbind(0)
         return m.out(joined(attend(q, k, v)))
 
@@ -308,7 +309,7 @@ def fused_qkv() -> Toy:
 
 
 def stacked() -> Toy:
-    def run(m: Net, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         a, b = torch.stack([m.a(x), m.b(x)], dim=1).relu().unbind(1)
         return m.c(a) + m.d(b)
 
@@ -316,14 +317,14 @@ def stacked() -> Toy:
 
 
 def padded() -> Toy:
-    def run(m: Net, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         return m.down(F.pad(F.relu(m.up(x)), (1, 3)))
 
     return Net(run, up=linear(8, 12), down=linear(16, 8)), (tokens(),)
 
 
 def expanded() -> Toy:
-    def run(m: Net, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         h = m.up(x)[:, None].expand(-1, 3, -1, -1).reshape(-1, TOKENS, 12)
         return m.down(h + m.scalar.expand(12)) + m.wide(m.up(x).repeat(1, 1, 2)).repeat(3, 1, 1)
 
@@ -332,7 +333,7 @@ def expanded() -> Toy:
 
 
 def patchify() -> Toy:
-    def run(m: Net, image: Tensor) -> Tensor:
+    def run(m: Any, image: Tensor) -> Any:
         x = m.patch(image).flatten(2).transpose(1, 2) + m.position
         x = m.head(F.relu(m.mix(x)))
         return torch.einsum("bhwpqc->bchpwq", x.reshape(2, 2, 2, 2, 2, 3)).reshape(2, 3, 4, 4)
@@ -342,7 +343,7 @@ def patchify() -> Toy:
 
 
 def depthwise_glu() -> Toy:
-    def run(m: Net, image: Tensor) -> Tensor:
+    def run(m: Any, image: Tensor) -> Any:
         x, gate = m.depth(F.relu(m.up(image))).chunk(2, dim=1)
         return m.down(x * F.relu(gate))
 
@@ -352,7 +353,7 @@ def depthwise_glu() -> Toy:
 
 
 def group_norm() -> Toy:
-    def run(m: Net, image: Tensor) -> Tensor:
+    def run(m: Any, image: Tensor) -> Any:
         return m.down(F.silu(m.norm(m.up(image))))
 
     parts = {"up": nn.Conv2d(3, 12, 1), "norm": nn.GroupNorm(3, 12), "down": nn.Conv2d(12, 3, 1)}
@@ -360,7 +361,7 @@ def group_norm() -> Toy:
 
 
 def linear_attention() -> Toy:
-    def run(m: Net, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         q, k, v = (layer(x).transpose(1, 2).unflatten(1, (HEADS, -1)) for layer in (m.q, m.k, m.v))
         v = F.pad(v, (0, 0, 0, 1), value=1.0)
         h = (v @ F.relu(k).transpose(-1, -2)) @ F.relu(q)
@@ -371,7 +372,7 @@ def linear_attention() -> Toy:
 
 
 def merged_batch_heads() -> Toy:
-    def run(m: Net, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         q, k, v = (heads(layer(x)).reshape(-1, TOKENS, 4) for layer in (m.q, m.k, m.v))
         h = torch.bmm(torch.bmm(q, k.transpose(1, 2)), v)
         return m.out(joined(h.view(2, HEADS, TOKENS, 4)))
@@ -380,7 +381,7 @@ def merged_batch_heads() -> Toy:
 
 
 def embedding_table() -> Toy:
-    def run(m: Net, x: Tensor, y: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor, y: Tensor) -> Any:
         labels = y.long().abs().flatten() % 3
         x = m.embed(x) + m.table(labels)[:, None] + m.extra[labels][:, None]
         return m.head(F.relu(x))
@@ -390,21 +391,21 @@ def embedding_table() -> Toy:
 
 
 def position_buffer() -> Toy:
-    def run(m: Net, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         return m.head(F.relu(m.embed(x) + m.position[:, :TOKENS]))
 
     return Net(run, {"position": torch.empty(1, 9, 8)}, embed=linear(), head=linear()), (tokens(),)
 
 
 def position_in_graph() -> Toy:
-    def run(m: Net, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         return m.head(F.relu(m.embed(x) + torch.arange(WIDTH, dtype=x.dtype)))
 
     return Net(run, embed=linear(), head=linear()), (tokens(),)
 
 
 def tied_weights() -> Toy:
-    def run(m: Net, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         return m.down(F.relu(m.second(F.relu(m.first(x)))))
 
     first, second = linear(), linear()
@@ -413,7 +414,7 @@ def tied_weights() -> Toy:
 
 
 def aliased_buffer() -> Toy:
-    def run(m: Net, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         return m.down(F.relu(m.up(x))) + m.shadow.sum()
 
     up = linear(8, 12)
@@ -421,7 +422,7 @@ def aliased_buffer() -> Toy:
 
 
 def written_buffer() -> Toy:
-    def run(m: Net, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         h = m.up(x)
         m.mean.add_(1)
         return m.down(F.relu(h + m.mean))
@@ -430,21 +431,21 @@ def written_buffer() -> Toy:
 
 
 def unknown_op() -> Toy:
-    def run(m: Net, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         return m.down(m.up(x).cumsum(-1))
 
     return Net(run, up=linear(8, 12), down=linear(12, 8)), (tokens(),)
 
 
 def returned_parameter() -> Toy:
-    def run(m: Net, x: Tensor) -> tuple[Tensor, Tensor]:
+    def run(m: Any, x: Tensor) -> Any:
         return m.down(F.relu(m.up(x))), m.up.bias * 2
 
     return Net(run, up=linear(8, 12), down=linear(12, 8)), (tokens(),)
 
 
 def returned_middle() -> Toy:
-    def run(m: Net, x: Tensor) -> tuple[Tensor, Tensor]:
+    def run(m: Any, x: Tensor) -> Any:
         h = F.relu(m.up(x))
         return m.down(h), h
 
@@ -452,7 +453,7 @@ def returned_middle() -> Toy:
 
 
 def sliced_channels() -> Toy:
-    def run(m: Net, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         h = F.relu(m.up(x))
         return m.down(h[..., 2:8]) + m.other(h[..., :4]) + h[..., 10].unsqueeze(-1)
 
@@ -460,14 +461,14 @@ def sliced_channels() -> Toy:
 
 
 def strided_channels() -> Toy:
-    def run(m: Net, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         return m.down(F.relu(m.up(x))[..., ::2])
 
     return Net(run, up=linear(8, 12), down=linear(6, 8)), (tokens(),)
 
 
 def raw_matmul() -> Toy:
-    def run(m: Net, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         h = torch.addmm(m.bias, x.flatten(0, 1), m.up)
         return torch.einsum("nk,km->nm", F.relu(h), m.down) @ m.last.t()
 
@@ -476,14 +477,14 @@ def raw_matmul() -> Toy:
 
 
 def softmax_over_channels() -> Toy:
-    def run(m: Net, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         return m.down(m.up(x).softmax(-1))
 
     return Net(run, up=linear(8, 12), down=linear(12, 8)), (tokens(),)
 
 
 def movement() -> Toy:
-    def run(m: Net, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         h = F.relu(m.up(x)).movedim(-1, 0).unsqueeze(1).squeeze().permute(1, 2, 0)
         return m.down(h.contiguous().type_as(x).to(x.dtype).clone())
 
@@ -491,7 +492,7 @@ def movement() -> Toy:
 
 
 def two_uses_of_a_weight() -> Toy:
-    def run(m: Net, x: Tensor, y: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor, y: Tensor) -> Any:
         return m.down(F.relu(m.up(x))).sum(1) + m.down(F.relu(m.other(y))).sum(1)
 
     return Net(run, up=linear(8, 12), other=linear(4, 12), down=linear(12, 8)), (
