@@ -16,6 +16,7 @@ from pq_compile.formats import NVFP4
 from pq_compile.kernels import KernelSpec, load, route, source, tuned
 from tests.conftest import Golden
 from tests.interpreting import Interpreter, interpreter
+from tests.near_ties import near_ties
 
 DTYPES = pytest.mark.parametrize(
     "dtype", [torch.float16, torch.bfloat16, torch.float32], ids=["fp16", "bf16", "fp32"]
@@ -87,15 +88,12 @@ def test_tensors_at_the_ends_of_the_range_quantise_as_in_the_reference(
     assert same_codes(interpreted(kernels.quantise, x), kernels.quantise_reference(x))
 
 
-def test_ties_and_their_neighbours_quantise_as_in_the_reference(interpreted: Interpreter) -> None:
-    middle = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
-    up, down = middle.nextafter(torch.tensor(9.0)), middle.nextafter(torch.tensor(0.0))
-    values = torch.cat([middle, up, down, -middle, -up, -down])
-    x = torch.nn.functional.pad(values.view(-1, 14), (2, 0))
-    x[:, 0] = 6.0  # with 448 * 6 as the peak, this group's scale is exactly 1
-    x = torch.cat([x, torch.full((1, 16), 448 * 6.0)])
+@pytest.mark.parametrize("seed", range(4))
+def test_ties_and_their_neighbours_quantise_as_in_the_reference(
+    interpreted: Interpreter, seed: int
+) -> None:
+    x = near_ties(seed)
     assert same_codes(interpreted(kernels.quantise, x), kernels.quantise_reference(x))
-    assert set(kernels.quantise_reference(x)[1].float().view(-1).tolist()) == {1.0, 448.0}
 
 
 @EXACT
@@ -166,14 +164,19 @@ def test_every_scale_code_decodes_in_the_product(interpreted: Interpreter) -> No
     assert found[:, [7, 15]].isnan().all()
 
 
-def test_a_nan_row_reaches_its_outputs_and_no_others(interpreted: Interpreter) -> None:
+def test_what_is_nan_reaches_its_own_outputs_and_no_others(interpreted: Interpreter) -> None:
     torch.manual_seed(3)
-    x, w = torch.randn(6, 64), weight(20, 64)
-    x[2, 5] = math.nan
-    a = interpreted(kernels.quantise, x)
-    y = interpreted(kernels.matmul_w4a4, a, w, None, torch.float32, "w4a4_portable")
-    assert y[2].isnan().all()
-    assert y[[0, 1, 3, 4, 5]].isfinite().all()
+    x, dense = torch.randn(6, 80), torch.randn(20, 80)
+    x[2, 5], dense[7, 3] = math.nan, math.nan
+    a, w = interpreted(kernels.quantise, x), NVFP4.quantize(dense)
+    expected = torch.zeros(6, 20, dtype=torch.bool)
+    expected[2], expected[:, 7] = True, True
+    for y in (
+        interpreted(kernels.matmul_w4a4, a, w, None, torch.float32, "w4a4_portable"),
+        interpreted(kernels.matmul_w4a16, x, w, None, "w4a16_vector"),
+        interpreted(kernels.matmul_w4a16, x, w, None, "w4a16_portable"),
+    ):
+        assert torch.equal(y.isnan(), expected)
 
 
 SPECS = {
