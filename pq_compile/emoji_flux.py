@@ -89,7 +89,11 @@ def load_model(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.bfl
             f"permuquant: {error}; the demo needs more packages: pip install 'permuquant[demo]'"
         ) from error
     logging.disable_progress_bar()
-    model: nn.Module = FluxTransformer2DModel.from_pretrained(folder, torch_dtype=dtype)
+    model: nn.Module = FluxTransformer2DModel.from_pretrained(
+        folder,
+        torch_dtype=dtype,
+        low_cpu_mem_usage=False,  # else diffusers asks for one more package
+    )
     return model.to(device).eval().requires_grad_(False)
 
 
