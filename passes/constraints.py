@@ -52,4 +52,5 @@ def why(rows: Rows, axis: Axis) -> list[str]:
         return []
     way = ways[min(reasons, key=lambda reason: (len(ways[reason]), reason))]
     edges = pairwise(way[1:-1])
-    return [str(axis), *(graph.edges[edge]["op"] for edge in edges), f"pinned by {way[-1]}"]
+    steps = dict.fromkeys(graph.edges[edge]["op"] for edge in edges)  # heads are cut off one by one
+    return [str(axis), *steps, f"pinned by {way[-1]}"]

@@ -302,3 +302,12 @@ def test_a_free_part_beside_a_pinned_one_is_not_blamed_on_it() -> None:
     rows = spread(toy.graph, toy.inputs)
     assert why(rows, Axis("down.weight", 1)) == []
     assert why(rows, Axis("up.weight", 0))[-1] == "pinned by aten.select (node getitem_2)"
+
+
+def test_the_way_to_a_culprit_names_a_repeated_step_once() -> None:
+    toy = traced("rotate_pairs")
+    way = why(spread(toy.graph, toy.inputs), Axis("q.weight", 0))
+    assert len(way) == len(set(way))
+    assert way[-1].startswith("pinned by ")
+    with pytest.raises(KeyError, match="absent"):
+        why(spread(toy.graph, toy.inputs), Axis("absent", 0))
