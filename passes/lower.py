@@ -79,7 +79,8 @@ def lower(module: fx.GraphModule, routes: Mapping[str, str], format_name: str) -
 
 def operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
     """Input, weight and bias of a linear node, however they were passed."""
-    given = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
+    given: dict[str, Any] = dict(zip(("input", "weight", "bias"), node.args, strict=False))
+    given |= node.kwargs
     return given["input"], given["weight"], given.get("bias")
 
 

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass, field
 from typing import Any
 
 from tqdm.auto import tqdm
 
+
+@dataclass
+class _Bar:
+    """A bar and the units that still move it."""
+
+    shown: Any
+    units: set[int] = field(default_factory=set)
+
+
 _LOCK = threading.Lock()
-_BARS: dict[int | None, Any] = {}
+_BARS: dict[int | None, _Bar] = {}
 
 
 def observed(unit: object, calls: int | None) -> None:
@@ -16,19 +26,20 @@ def observed(unit: object, calls: int | None) -> None:
     with _LOCK:
         bar = _BARS.get(calls)
         if bar is None:
-            bar = _BARS[calls] = tqdm(total=0, desc="permuquant: calibrating", unit="call")
-            bar.seen = set()
-        if id(unit) not in bar.seen:
-            bar.seen.add(id(unit))
-            bar.total = None if calls is None else bar.total + calls
-        bar.update()
+            shown = tqdm(total=calls and 0, desc="permuquant: calibrating", unit="call")
+            bar = _BARS[calls] = _Bar(shown)
+        if id(unit) not in bar.units:
+            bar.units.add(id(unit))
+            if calls is not None:
+                bar.shown.total += calls
+        bar.shown.update()
 
 
 def done(unit: object) -> None:
-    """``unit`` is not observed any more; the bar closes with its last unit."""
+    """``unit`` is not observed any more; a bar closes with its last unit."""
     with _LOCK:
         for calls, bar in list(_BARS.items()):
-            bar.seen.discard(id(unit))
-            if not bar.seen:
-                bar.close()
+            bar.units.discard(id(unit))
+            if not bar.units:
+                bar.shown.close()
                 del _BARS[calls]

@@ -85,7 +85,7 @@ class Released(nn.Parameter):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         whole = nn.Parameter(values(self), requires_grad=self.requires_grad)
-        return whole.__reduce_ex__(protocol)
+        return whole.__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 
 def release(parameter: Tensor, name: str, keep_backup: bool) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from . import progress
 from .errors import Refused
 from .reporting import Report
 from .resolve import parameters_of
@@ -30,7 +31,10 @@ def freeze(model: Any) -> None:
     if reasons[0] is not None and all(reasons):
         raise Refused(reasons[0])
     for unit in _units(model):
-        unit.freeze()
+        try:
+            unit.freeze()
+        finally:
+            progress.done(unit)
 
 
 def refresh(model: Any) -> None:
