@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.convert_frame import compile_lock
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -41,12 +42,11 @@ _BACKUPS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 METADATA = frozenset(
     (
         *("size", "dim", "ndimension", "stride", "numel", "nelement", "element_size", "__len__"),
-        *("is_floating_point", "is_complex", "is_inference", "is_contiguous", "is_set_to"),
-        *("data_ptr", "untyped_storage", "storage_offset", "get_device", "_is_view"),
+        *("data_ptr", "untyped_storage", "storage_offset", "get_device"),
         *("requires_grad_", "__hash__"),
     )
 )
-"""Methods that are answered without the weight's values."""
+"""Methods that are answered without the weight's values, beside all named ``is_...``."""
 
 OVERWRITES = frozenset(("copy_", "fill_", "zero_"))
 """Writes that need nothing of what was there, so that a dropped weight can be loaded again."""
@@ -96,10 +96,11 @@ def release(parameter: Tensor, name: str, keep_backup: bool) -> None:
     with torch.inference_mode(False), torch.no_grad():
         backup = parameter.detach().to("cpu", copy=True) if keep_backup else None
         nan = torch.full((1,), float("nan"), dtype=parameter.dtype, device=parameter.device)
-        # NOTE in this order an interrupt finds the weight whole or released, never lost.
-        _BACKUPS[parameter] = Backup(name, backup)
-        parameter.__class__ = Released
-        with torch._C.DisableTorchFunctionSubclass():
+        # NOTE another thread's compilation must find the weight the same from trace to guards; and
+        # in this order an interrupt finds it whole or released, never lost.
+        with compile_lock, torch._C.DisableTorchFunctionSubclass():
+            _BACKUPS[parameter] = Backup(name, backup)
+            parameter.__class__ = Released
             parameter.data = nan.expand(parameter.shape)
 
 
@@ -168,7 +169,8 @@ def _reads_only_metadata(func: Callable[..., Any]) -> bool:
     name = getattr(func, "__name__", "")
     if name in ("__get__", "__set__", "__delete__"):
         return getattr(func, "__self__", None) not in (Tensor.data, Tensor.T, Tensor.mT)
-    return name in METADATA
+    asks = name.startswith(("is_", "_is_")) and name != "is_nonzero"
+    return asks or name in METADATA
 
 
 def _writes(func: Callable[..., Any]) -> bool:

@@ -100,6 +100,15 @@ def test_metadata_is_read_without_bringing_the_weight_back(linear: nn.Linear) ->
     assert isinstance(weight, Released)
 
 
+def test_what_a_tensor_is_needs_no_values(linear: nn.Linear) -> None:
+    discard_backup(linear.weight)
+    weight = linear.weight
+    assert not (
+        weight.is_conj() or weight.is_neg() or weight.is_complex() or weight._is_zerotensor()
+    )
+    assert weight.is_floating_point()
+
+
 def test_its_memory_is_gone(linear: nn.Linear) -> None:
     assert linear.weight.untyped_storage().nbytes() == linear.weight.element_size()
 
