@@ -17,7 +17,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._guards import tracing
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
@@ -68,7 +70,7 @@ def capture(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Graph:
     calls = [node for node in module.graph.nodes if _parameter_of(node, parameters)]
     high = any(_rank(node) > 2 for node in calls)
     described = [_linear(node, parameters, high) for node in calls]
-    view, view_error = _trace(module, placeholders)
+    view, view_error = _trace(module, placeholders, parameters)
     return Graph(
         module=module,
         view=view,
@@ -196,7 +198,7 @@ def _kept(module: fx.GraphModule, parameters: Mapping[str, str]) -> dict[str, st
 
 
 def _trace(
-    module: fx.GraphModule, placeholders: Sequence[fx.Node]
+    module: fx.GraphModule, placeholders: Sequence[fx.Node], parameters: Mapping[str, str]
 ) -> tuple[fx.GraphModule | None, str | None]:
     """Dynamo's graph interpreted on its own fake values, each node of the result tagged.
 
@@ -210,7 +212,31 @@ def _trace(
     mode = next((mode for mode in modes if mode is not None), nullcontext())
     try:
         with tracing(None), preserve_node_meta(), mode:
-            return make_fx(fx.Interpreter(module).run, pre_dispatch=True)(*values), None
+            view = make_fx(fx.Interpreter(module).run, pre_dispatch=True)(*values)
     except Exception as error:  # whatever fails here costs freedom, never correctness
         text = str(error).strip().partition("\n")[0]
         return None, f"the graph could not be traced to ATen ({type(error).__name__}: {text})"
+    lost = _lost(view, module, parameters)
+    return (None, f"the graph could not be traced to ATen past {lost}") if lost else (view, None)
+
+
+def _lost(view: fx.GraphModule, module: fx.GraphModule, parameters: Mapping[str, str]) -> str:
+    """Where the view first takes for a constant what depends on a parameter; "" if nowhere.
+
+    make_fx stores as a constant whatever it cannot follow, such as all that happens in a ``vmap``.
+    """
+    depends: dict[str, bool] = {}
+    for node in module.graph.nodes:
+        reads = any(depends[one.name] for one in node.all_input_nodes)
+        depends[node.name] = reads or node.name in parameters
+    for constant in view.graph.find_nodes(op="get_attr"):
+        reader = constant.meta.get("custom", {}).get(TAG, "")
+        if _is_traced(getattr(view, constant.target)) and depends.get(reader, True):
+            return f"node {reader}" if reader else "its last node"
+    return ""
+
+
+def _is_traced(value: Any) -> bool:
+    """A value of the trace; a constant of the user's is none."""
+    wrapped = isinstance(value, Tensor) and is_functorch_wrapped_tensor(value)
+    return wrapped or isinstance(value, FakeTensor)

@@ -100,7 +100,7 @@ class _Walk:
             return Value.fixed(sizes_of(value), f"graph input {_input_name(source)}")
         writer = self.written.get(storage_of(value))
         if writer is not None:
-            _pin_parameter(self.rows, name, f"written in place by {self._why(writer)}")
+            _pin_parameter(self.rows, name, self._written_by(writer))
         dims = (Channels.of(*self.rows[Axis(name, dim)]) for dim in range(value.ndim))
         return Value(sizes_of(value), tuple(dims))
 
@@ -141,12 +141,16 @@ class _Walk:
             return value
         if storage_of(result) not in self.written:
             return value
-        reason = f"written in place by {self._why(self.written[storage_of(result)])}"
+        reason = self._written_by(self.written[storage_of(result)])
         dims = (
             Fixed((reason,)) if dim is None and size != 1 else dim
             for dim, size in zip(value.dims, value.shape, strict=True)
         )
         return Value(value.shape, tuple(dims))
+
+    def _written_by(self, node: fx.Node) -> str:
+        what = "written in place" if writes(node) else "a possible write"
+        return f"{what} by {self._why(node)}"
 
     def _why(self, node: fx.Node) -> str:
         """``aten.cat (node cat_3, in blocks.0.attn)``: Dynamo's node, and the module it is in."""
@@ -176,8 +180,13 @@ def apply(node: fx.Node, call: Call, args: Sequence[Any], kwargs: Mapping[str, A
 
 
 def _in_place(node: fx.Node, call: Call, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Value:
-    """``x.add_(y)``: x is ordered as before, y like x. Whatever shares memory with x stays true."""
+    """``x.add_(y)``: x is ordered as before, y like x. Whatever shares memory with x stays true.
+
+    What writes elsewhere than to its first operand (``out=``) is not described.
+    """
     name = base_name(node).removesuffix("_")
+    if name == base_name(node):
+        raise Undescribed
     target: Value = args[0]
     if name in ("aten.fill", "aten.zero"):
         return target

@@ -14,12 +14,14 @@ from .capture import Graph
 
 
 def storage_of(tensor: Tensor) -> int:
-    """A number that tensors have in common if they share memory."""
+    """A number that tensors have in common if they share memory; vmap's are looked through."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
     return int(tensor.untyped_storage()._cdata)
 
 
 def written(view: fx.GraphModule) -> dict[int, fx.Node]:
-    """The storages that some node of the view writes to in place, with the first such node."""
+    """The storages that some node of the view writes to, or may, with the first such node."""
     found: dict[int, fx.Node] = {}
     for node in view.graph.nodes:
         for target in _targets(node):
@@ -35,6 +37,8 @@ def writes(node: fx.Node) -> bool:
 
 
 def _targets(node: fx.Node) -> list[fx.Node]:
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return node.all_input_nodes  # a kernel of the user's, say, has no schema to ask
     if not writes(node):
         return []
     assert isinstance(node.target, torch._ops.OpOverload)

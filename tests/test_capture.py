@@ -153,6 +153,29 @@ def test_a_graph_that_cannot_be_traced_says_why() -> None:
     )
 
 
+def test_a_view_that_loses_track_of_a_parameter_is_none() -> None:
+    up, down = linear(), linear()
+
+    def run(x: Tensor) -> Any:
+        return down(torch.vmap(torch.sin)(up(x)))
+
+    lost = trace(run, tokens()).graph
+    assert lost.view is None
+    assert lost.view_error == "the graph could not be traced to ATen past node batched_outputs"
+
+
+def test_a_view_may_lose_track_of_constants() -> None:
+    up, down = linear(), linear()
+
+    def run(x: Tensor) -> Any:
+        mask = torch.vmap(torch.sin)(torch.arange(8.0)).cos()
+        return down(up(x) * mask)
+
+    toy = trace(run, tokens())
+    assert toy.graph.view is not None
+    assert any("constant" in reason for group in toy.groups.groups for reason in group.pinned_by)
+
+
 def test_rows_of_symbolic_sizes_are_those_of_the_example() -> None:
     model, inputs = TOYS["plain_mlp"]()
     toy = trace(model, *inputs, dynamic=True)

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from passes.constraints import constraint_graph, why
 from passes.fold import moved
 from passes.propagate import propagate, random_orders, spread
+from passes.storage import storage_of, written
 from pq_compile.plan import Axis
 from pq_compile.show import show
 from tests.graphs import Traced, relative_error, trace
@@ -311,3 +313,19 @@ def test_the_way_to_a_culprit_names_a_repeated_step_once() -> None:
     assert way[-1].startswith("pinned by ")
     with pytest.raises(KeyError, match="absent"):
         why(spread(toy.graph, toy.inputs), Axis("absent", 0))
+
+
+def test_a_kernel_of_the_users_may_write_to_what_it_is_given() -> None:
+    from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mutation
+
+    kernel: Any = triton_kernel_wrapper_mutation
+    settings = {"kernel_idx": 0, "constant_args_idx": 0, "tma_descriptor_metadata": {}}
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        given, kept = torch.zeros_like(x), torch.zeros_like(x)
+        kernel(**settings, grid=[(1, 1, 1)], kwargs={"x": x, "out": given})
+        return given + kept
+
+    view = make_fx(run, pre_dispatch=True, tracing_mode="fake")(tokens())
+    zeros = [node.meta["val"] for node in view.graph.nodes if "zeros_like" in node.name]
+    assert [storage_of(value) in written(view) for value in zeros] == [True, False]
