@@ -28,7 +28,8 @@ def narrow(call: Call, x: Value, dim: int, start: Any, length: Size) -> Value:
                 _between(order, start, length, call.why) if whole else pin(order, (call.why,))
             )
         elif dim in order.deps and whole:
-            dims.append(_shifted(order, dim, start, int(length)))
+            part = _shifted(order, dim, start, int(length))
+            dims.append(part.without(dim, call.why) if length == 1 else part)
         else:
             dims.append(order.without(dim, call.why))
     return Value((*x.shape[:dim], length, *x.shape[dim + 1 :]), tuple(dims))

@@ -53,7 +53,7 @@ def _beyond(dims: Sequence[Dim], new: int) -> list[Dim]:
 def _join(call: Call, parts: Sequence[Value], dim: int, table: bool) -> Value:
     depend = any(isinstance(d, Channels) and dim in d.deps for part in parts for d in part.dims)
     sizes = [part.shape[dim] for part in parts]
-    few = all(isinstance(size, int) for size in sizes) and len(parts) and sum(sizes) <= PARTS
+    few = all(isinstance(size, int) for size in sizes) and 1 < sum(sizes) <= PARTS
     table = bool((table or depend) and few)
     dims: list[Dim] = []
     for index in range(len(call.shape)):

@@ -108,7 +108,6 @@ RULES: dict[str, Rule] = {
     "aten.concatenate": joining.cat,
     "aten.stack": joining.stack,
     "aten.pad": joining.pad,
-    "aten.constant_pad_nd": joining.pad,
     "aten.pad_sequence": operators.pad_sequence,
     # the same again, or one number everywhere
     **dict.fromkeys(

@@ -212,9 +212,9 @@ def expand(call: Call, x: Value, *_: object, **__: object) -> Value:
 
 def repeat(call: Call, x: Value, times: Sequence[Any], *_: object) -> Value:
     """``x.repeat(2, 3)``: each dim ``n`` is expanded to ``2 n`` and flattened."""
+    times = [*[1] * (len(x.shape) - len(times)), *times]
     new = len(times) - len(x.shape)
     value = expand(Call(((1,) * new + x.shape,), call.why), x)
-    value = Value(value.shape, value.dims)
     for dim, (count, size) in enumerate(zip(times, value.shape, strict=True)):
         if count != 1:
             value = _repeat_dim(value, dim, (count, size), 0, call)

@@ -293,7 +293,12 @@ BETWEEN: dict[str, Callable[[Any], Tensor]] = {
     "amax": lambda h: h / (1 + h.abs().amax(-1, keepdim=True) + torch.linalg.vector_norm(h)),
     "var": lambda h: h + h.var(-1, keepdim=True) + h.std((1, 2), keepdim=True),
     "tile": lambda h: h + h.tile(1, 2, 1)[:, :3],
+    "tiled part": lambda h: h[..., :4].tile(3),
     "stack": lambda h: torch.stack([h, 2 * h], -2).sum(-2),
+    "stack of one": lambda h: torch.stack([h], 1).expand(2, 5, 3, 12).sum(1),
+    "first head for all": lambda h: (
+        h.unflatten(-1, (3, 4))[:, :, :1].expand(2, 3, 3, 4).flatten(-2)
+    ),
     "cat of heads": lambda h: torch.cat(h.unflatten(-1, (3, 4)).split([1, 2], -2), -2).flatten(-2),
     "swapped heads": lambda h: (
         h.unflatten(-1, (3, 4)).transpose(-1, -2).transpose(-1, -2).flatten(-2)
@@ -325,6 +330,8 @@ BETWEEN: dict[str, Callable[[Any], Tensor]] = {
     "norm over two": lambda h: torch.nn.functional.layer_norm(h, h.shape[1:]),
     "where it is positive": lambda h: h + torch.where(h > 9)[0].sum(),
     "bytes": lambda h: h.view(torch.int64).view(torch.float64),
+    "written elsewhere": lambda h: torch.add(torch.zeros_like(h), h, out=h.relu()),
+    "mapped": lambda h: torch.vmap(torch.sin)(h),
     "written halves": lambda h: torch.empty_like(h).copy_(h) + torch.zeros(12).add_(h[0, 0]),
     "outside the table": lambda h: h + h.logcumsumexp(-1),
     "grouped convolution": lambda h: torch.nn.functional.conv1d(
@@ -332,9 +339,10 @@ BETWEEN: dict[str, Callable[[Any], Tensor]] = {
     ).transpose(1, 2),
 }
 FREE = {  # every channel, or every channel of each part, can move
-    *("mean", "amax", "var", "tile", "stack", "cat of heads", "swapped heads", "mean of heads"),
-    *("one head", "softmax of heads", "indexed rows", "masked", "einsum", "vector", "narrow"),
-    *("moved", "in place", "fill", "group norm", "norm over two", "outer"),
+    *("mean", "amax", "var", "tile", "tiled part", "stack", "stack of one", "cat of heads"),
+    *("swapped heads", "mean of heads", "first head for all", "one head", "softmax of heads"),
+    *("indexed rows", "masked", "einsum", "vector", "narrow", "moved", "in place", "fill"),
+    *("group norm", "norm over two", "outer"),
 }
 
 
