@@ -134,7 +134,7 @@ class Broken(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.small = Small()
+        self.small = Small().double()
         self.inner = denoiser()
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:

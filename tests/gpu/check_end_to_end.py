@@ -35,7 +35,8 @@ from pq_compile.released import Released
 from tests.models import denoiser, inputs, relative_error, run, served_by_hand, unit_of
 
 Record = dict[str, Any]
-CLOSE = 5e-3
+CLOSE = 3e-2
+"""In fp32 a code may fall the other way and move what follows; wrong weights are off by 1."""
 
 
 def compiled(model: nn.Module, mode: str | None = None, **options: Any) -> Any:
@@ -46,7 +47,7 @@ def compiled(model: nn.Module, mode: str | None = None, **options: Any) -> Any:
 
 
 def on_gpu(seed: int, batch: int = 2, tokens: int = 12) -> tuple[Tensor, Tensor]:
-    latents, condition = inputs(seed, batch, tokens)
+    latents, condition = inputs(seed, batch, tokens, torch.float32)
     return latents.cuda(), condition.cuda()
 
 
@@ -192,7 +193,7 @@ def _allocated() -> int:
 
 
 def serves_every_size() -> Record:
-    model = denoiser().cuda()
+    model = denoiser(dtype=torch.float32).cuda()
     fast = compiled(model)
     sizes = ((2, 12), (1, 12), (7, 12), (2, 20), (7, 33), (2, 12))
     errors = {}
@@ -206,7 +207,7 @@ def serves_every_size() -> Record:
 
 def serves_with(**how: Any) -> Callable[[], Record]:
     def check() -> Record:
-        model = denoiser().cuda()
+        model = denoiser(dtype=torch.float32).cuda()
         dynamic = how.pop("dynamic", None)
         options = {"recipe": "random", "progress": False, **how}
         fast: Any = torch.compile(model, backend="permuquant", options=options, dynamic=dynamic)
@@ -220,7 +221,7 @@ def serves_with(**how: Any) -> Callable[[], Record]:
 
 
 def serves_in_reduce_overhead_mode() -> Record:
-    model = denoiser().cuda()
+    model = denoiser(dtype=torch.float32).cuda()
     fast = compiled(model, mode="reduce-overhead")
     with pq_compile.calibration(fast):
         for seed in range(4):
@@ -233,7 +234,7 @@ def serves_in_reduce_overhead_mode() -> Record:
 
 
 def serves_blocks_compiled_in_place() -> Record:
-    model = denoiser(blocks=3).cuda()
+    model = denoiser(dtype=torch.float32, blocks=3).cuda()
     for block in model.blocks:
         block.compile(backend="permuquant", options={"recipe": "random", "progress": False})
     for _ in range(3):
@@ -249,7 +250,7 @@ def serves_blocks_compiled_in_place() -> Record:
 def changed_weights_are_fresh() -> Record:
     errors = {}
     for release in ("backup", "keep"):
-        model = denoiser().cuda()
+        model = denoiser(dtype=torch.float32).cuda()
         fast = compiled(model, release_weights=release)
         for _ in range(2):
             run(fast, *on_gpu(0))
@@ -258,7 +259,7 @@ def changed_weights_are_fresh() -> Record:
             model.blocks[0].up.weight.data += 0.1
 
         def load(model: Any = model) -> None:
-            model.load_state_dict(denoiser(5).state_dict())
+            model.load_state_dict(denoiser(5, torch.float32).state_dict())
 
         def move(model: Any = model) -> None:
             model.cpu().cuda()
@@ -273,7 +274,7 @@ def changed_weights_are_fresh() -> Record:
 
 
 def two_threads() -> Record:
-    model = denoiser().cuda()
+    model = denoiser(dtype=torch.float32).cuda()
     fast = compiled(model, recipe="permuquant", calibration_calls=4)
     own = {seed: run(model, *on_gpu(seed)) for seed in range(2)}
     answers: list[tuple[int, Tensor]] = []
