@@ -150,7 +150,8 @@ def _pays(alpha: float, fitted: float, held_out: float, tau: float) -> tuple[boo
     if not isfinite(fitted) or not isfinite(held_out):
         return False, "its readers' errors are not finite"
     if fitted <= 0:
-        return False, f"alpha {alpha:g}, the best, gains {fitted:.1%} on the rows it was fitted to"
+        best = f"the best, alpha {alpha:g}, raises it by {abs(fitted):.1%}"
+        return False, f"no sort lowers the error on the rows to fit to; {best}"
     if held_out <= tau:
         return False, f"gain {held_out:.1%} is not above tau {tau:.1%}"
     return True, f"alpha {alpha:g} gains {held_out:.1%} on held-out rows"

@@ -67,7 +67,7 @@ def _cards(report: Report) -> str:
         (
             f"{summary['linears_quantised']} / {summary['linears_total']}",
             "linears quantised",
-            f"{summary['linears_reordered']} of them reordered",
+            f"{summary['linears_reordered']} reordered",
         ),
         (share, "of block FLOPs free", "linears that read an axis nothing pins"),
         (
@@ -142,7 +142,7 @@ def _block(block: svg.Block) -> str:
         for i, group in enumerate(block.groups)
     ]
     modules, more = block.left_out
-    note = f"<p>Not drawn: {modules} modules and {more} groups more.</p>" if modules + more else ""
+    note = f"<p>Not drawn: modules {modules}, groups {more}.</p>" if modules + more else ""
     return (
         f"<h3>{escape(block.name or 'the model')}</h3>"
         '<p class="key">One rail is one permutation (or one per head). An arrow into a box reads '
@@ -172,7 +172,7 @@ def _permutations(units: Units) -> str:
     kinds = fold(accepted, lambda entry: entry["group"].structure)
     figures = "".join(_figure(part.entries[0]) for part in kinds[:FIGURES])
     left_out = len(accepted) - min(len(kinds), FIGURES)
-    more = f" {left_out} more reordered groups are left out." if left_out else ""
+    more = f" More reordered groups, not drawn: {left_out}." if left_out else ""
     return (
         '<p class="key">One dot is one channel: across, its place now; down, its place before. '
         f"Unmoved channels lie on the diagonal. Drawn is one group of each kind.{more}</p>"
@@ -216,7 +216,7 @@ def _groups(report: Report) -> str:
         "before",
         "best order",
     ]
-    note = f'<p class="key">{rest} more groups feed no linear: their order changes no error.</p>'
+    note = f'<p class="key">Not listed: {rest} that feed no linear, so no error changes.</p>'
     return html_table([*heads, "change", "error"], rows, scroll=True) + (note if rest else "")
 
 
@@ -228,7 +228,7 @@ def _linears(report: Report) -> str:
             number_cell(
                 f"{linear['in_features']} × {linear['out_features']}", linear["in_features"]
             ),
-            cell(linear["kernel"] or linear["route"]),
+            cell(_route(linear)),
             number_cell(_bits(linear["bits_per_weight"]), linear["bits_per_weight"]),
             cell("reordered" if linear["accepted"] else "free" if linear["free"] else "pinned"),
             *error_cells(linear["error_before"], linear["error_after"], top),
@@ -238,6 +238,12 @@ def _linears(report: Report) -> str:
     ]
     heads = ["linear", "in × out", "route", "bits", "input", "before", "after", "change", "error"]
     return html_table([*heads, "why"], rows, scroll=True)
+
+
+def _route(linear: Mapping[str, Any]) -> str:
+    """``w4a4, reference``: the route and the code that runs it, where that is known."""
+    kernel = "" if linear["route"] == "keep" else linear["kernel"]
+    return f"{linear['route']}, {kernel}" if kernel else str(linear["route"])
 
 
 def _reasons(reasons: Iterable[tuple[str, str]], nothing: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from .show import WIDTH, error
 
 Entry = Mapping[str, Any]
-NUMBER = re.compile(r"\d+(?:\.\d+)?")
+NUMBER = re.compile(r"(?:(?<!\S)-)?\d+(?:\.\d+)?")  # a sign stands after a space
 
 
 class Fold(NamedTuple):
@@ -141,7 +141,7 @@ def _of_any_block(entry: Entry) -> str:
 
 
 def _merged(sentences: Iterable[str]) -> str:
-    """Sentences that differ in numbers alone as one: ``gain 0.2..1.9% is not above tau 2.0%``."""
+    """Sentences that differ in numbers alone as one: ``gain -0.2..1.9% is not above tau 2.0%``."""
     same = list(dict.fromkeys(sentences))
     pieces = NUMBER.split(same[0])
     columns = zip(*(NUMBER.findall(sentence) for sentence in same), strict=True)

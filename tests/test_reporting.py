@@ -158,6 +158,15 @@ def test_blocks_of_a_kind_share_one_reason() -> None:
     assert not_quantised(found) == [("embed", "it reads the model's input.")]
 
 
+def test_a_range_of_negative_numbers_keeps_its_signs() -> None:
+    linears = [
+        {"name": f"blocks.{b}.up", "route": "keep", "reason": f"gain {gain}% of block-2"}
+        for b, gain in enumerate(("-2.5", "0.8", "-4.4"))
+    ]
+    (folded,) = not_quantised({"linears": linears})
+    assert folded == ("blocks.{0..2}.up", "gain -4.4..0.8% of block-2.")
+
+
 def test_a_reason_that_names_its_own_block_folds() -> None:
     linears = [
         {"name": f"blocks.{b}.up", "route": "keep", "reason": f"blocks.{b}.gate shares its weight"}
@@ -275,7 +284,7 @@ def test_a_figure_too_large_to_read_says_what_it_leaves_out(
     assert drawn.left_out == (1, 2)
     assert rails(drawn).count('class="badge"') == 1
     text = Page(page(toy_plans.report(), tmp_path)).text
-    assert "Not drawn: 1 modules and 2 groups more." in text
+    assert "Not drawn: modules 1, groups 2." in text
 
 
 def test_a_crowded_figure_keeps_free_groups_and_far_reaching_ones(
