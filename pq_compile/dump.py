@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import Refused
@@ -24,10 +24,6 @@ class Dump:
 
     folder: Path | None
     prefix: str = ""
-
-    def for_graph(self, index: int) -> Dump:
-        """Where one of several graphs writes: ``graph0_00_capture.txt``."""
-        return replace(self, prefix=f"graph{index}_")
 
     def write(self, name: str, text: str) -> None:
         """Write ``text`` as ``name``, a stage such as "01_groups" or a file with its suffix.

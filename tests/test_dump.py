@@ -32,17 +32,17 @@ def test_without_a_folder_nothing_is_written(
 
 
 def test_several_graphs_are_told_apart_and_share_kernels(tmp_path: Path) -> None:
-    for index in range(2):
-        dump = Dump(tmp_path).for_graph(index)
+    for index, prefix in enumerate(("", "graph1_")):
+        dump = Dump(tmp_path, prefix)
         dump.write("00_capture", f"{index}\n")
         dump.write("report.html", "<p>\n")
         dump.kernel("gemm_128x128", "pass\n")
     assert files(tmp_path) == [
-        "graph0_00_capture.txt",
-        "graph0_report.html",
+        "00_capture.txt",
         "graph1_00_capture.txt",
         "graph1_report.html",
         "kernels/gemm_128x128.py",
+        "report.html",
     ]
 
 
