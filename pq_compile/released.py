@@ -5,9 +5,15 @@ Its storage is one NaN, expanded, so that whatever gets past Python meets NaN an
 (``untyped_storage().resize_(0)`` crashes the process in clone, sum, deepcopy and load_state_dict).
 
     reads       see the weight again, copied from the backup in CPU memory
-    writes      bring the weight back first; the parameter is then an ordinary one
+    views       bring it back: writing to ``p.detach()`` or ``p[0]`` must reach the parameter, which
+                is an ordinary one from then on; ``state_dict()`` alone counts as a read
+    writes      bring it back
+    gradients   bring it back: what is differentiated is the parameter itself
     data = ...  replaces the contents, so the parameter is an ordinary one again
     no backup   reads and writes raise ``Refused`` with the parameter's name
+
+Writing to a value of ``state_dict()`` therefore does not reach the model, nor does a view taken
+before the weight was released.
 
 The changed class and strides fail Dynamo's guards once per graph, which is wanted: the new
 compilation finds the packed weights.
@@ -16,6 +22,7 @@ compilation finds the packed weights.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._dynamo.convert_frame import compile_lock
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .errors import Refused
@@ -43,13 +50,16 @@ METADATA = frozenset(
     (
         *("size", "dim", "ndimension", "stride", "numel", "nelement", "element_size", "__len__"),
         *("data_ptr", "untyped_storage", "storage_offset", "get_device"),
-        *("requires_grad_", "__hash__"),
+        *("requires_grad_", "__hash__", "_has_compatible_shallow_copy_type"),
     )
 )
 """Methods that are answered without the weight's values, beside all named ``is_...``."""
 
 OVERWRITES = frozenset(("copy_", "fill_", "zero_"))
 """Writes that need nothing of what was there, so that a dropped weight can be loaded again."""
+
+VIEWS = (Tensor.data, Tensor.T, Tensor.mT, Tensor.H, Tensor.mH, Tensor.real, Tensor.imag)
+"""Properties that are made of the weight's values."""
 
 INDEXING = ("__index__", "__int__", "__iter__", "__invert__")
 
@@ -70,14 +80,24 @@ class Released(nn.Parameter):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         target = args[0] if args else None
-        if isinstance(target, Released) and _is_data(func, "__set__"):
-            _forget(target)
-        elif isinstance(target, Released) and getattr(func, "__name__", "") in OVERWRITES:
-            _blank(target)
-        elif isinstance(target, Released) and (_is_data(func, "__get__") or _writes(func)):
-            restore(target)
-        args, kwargs = tree_map_only(Released, values, (args, kwargs))
-        return func(*args, **kwargs)
+        if isinstance(target, Released):
+            if _moves_nowhere(func, target, args[1:], kwargs):
+                return target
+            if _sets_data(func):
+                return None if args[1] is target else _replace(target, values(args[1]))
+            if getattr(func, "__name__", "") in OVERWRITES:
+                return _overwrite(func, target, args[1:], kwargs)
+        for parameter in _touched(func, args, kwargs):
+            restore(parameter)
+        read = {id(p): p for p in _released((args, kwargs))}
+        copies = {key: values(parameter) for key, parameter in read.items()}
+        args, kwargs = tree_map_only(Released, lambda p: copies[id(p)], (args, kwargs))
+        result = func(*args, **kwargs)
+        if not _for_a_state_dict(func):
+            for key, copied in copies.items():
+                if _shares_memory(result, copied):
+                    _replace(read[key], copied)
+        return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         memo[id(self)] = copy = nn.Parameter(values(self), requires_grad=self.requires_grad)
@@ -107,9 +127,7 @@ def release(parameter: Tensor, name: str, keep_backup: bool) -> None:
 def restore(parameter: Tensor) -> None:
     """Make a released parameter an ordinary one again. ``Refused`` if it has no backup."""
     if isinstance(parameter, Released):
-        whole = values(parameter)
-        _forget(parameter)
-        parameter.data = whole
+        _replace(parameter, values(parameter))
 
 
 def discard_backup(parameter: Tensor) -> None:
@@ -147,28 +165,80 @@ def staleness_key(parameter: Tensor) -> tuple[Any, ...]:
         return parameter.data_ptr(), version, parameter.device, parameter.dtype
 
 
-def _forget(parameter: Tensor) -> None:
+def _replace(parameter: Tensor, contents: Tensor) -> None:
+    """An ordinary parameter again, with these contents."""
     parameter.__class__ = nn.Parameter
     with contextlib.suppress(KeyError):
         del _BACKUPS[parameter]
+    parameter.data = contents
 
 
-def _blank(parameter: Tensor) -> None:
-    """An ordinary parameter again, its contents undefined."""
+def _overwrite(
+    func: Callable[..., Any], parameter: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Tensor:
+    """Written into new memory first, so that a write that fails loses nothing."""
     with torch.inference_mode(False), torch.no_grad():
         room = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
-    _forget(parameter)
-    parameter.data = room
+    args, kwargs = tree_map_only(Released, values, (args, kwargs))
+    func(room.requires_grad_(parameter.requires_grad), *args, **kwargs)
+    _replace(parameter, room.detach())
+    return parameter
 
 
-def _is_data(func: Callable[..., Any], accessor: str) -> bool:
-    return getattr(func, "__self__", None) is Tensor.data and func.__name__ == accessor
+def _touched(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> list[Released]:
+    """The released parameters that a call writes to or differentiates."""
+    written = (args[0] if args else kwargs) if _writes(func) else None
+    found = _released((written, kwargs.get("out")))
+    if torch.is_grad_enabled() and func is not Tensor.detach:
+        found += [p for p in _released((args, kwargs)) if p.requires_grad]
+    return found
+
+
+def _released(tree: Any) -> list[Released]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Released)]
+
+
+def _for_a_state_dict(func: Callable[..., Any]) -> bool:
+    """Saving a model must not bring it back to its device."""
+    code = nn.Module._save_to_state_dict.__code__
+    return func is Tensor.detach and sys._getframe(2).f_code is code
+
+
+def _shares_memory(result: Any, copied: Tensor) -> bool:
+    storage = copied.untyped_storage()._cdata
+    return any(
+        isinstance(leaf, Tensor)
+        and leaf.layout == torch.strided
+        and leaf.untyped_storage()._cdata == storage
+        for leaf in tree_leaves(result)
+    )
+
+
+def _moves_nowhere(
+    func: Callable[..., Any], parameter: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> bool:
+    """``p.to(...)`` to where it is, which returns ``p`` itself."""
+    if func is not Tensor.to:
+        return False
+    try:
+        device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+    except (RuntimeError, TypeError):  # to(other), or a copy is asked for
+        return False
+    where = parameter.device if device is None else torch.empty(0, device=device).device
+    same = where == parameter.device and dtype in (None, parameter.dtype)
+    return same and memory_format is None
+
+
+def _sets_data(func: Callable[..., Any]) -> bool:
+    return getattr(func, "__self__", None) is Tensor.data and func.__name__ == "__set__"
 
 
 def _reads_only_metadata(func: Callable[..., Any]) -> bool:
     name = getattr(func, "__name__", "")
     if name in ("__get__", "__set__", "__delete__"):
-        return getattr(func, "__self__", None) not in (Tensor.data, Tensor.T, Tensor.mT)
+        return getattr(func, "__self__", None) not in VIEWS
     asks = name.startswith(("is_", "_is_")) and name != "is_nonzero"
     return asks or name in METADATA
 
