@@ -73,7 +73,7 @@ def _keep(linear: Linear, options: Options, kept: Mapping[str, str]) -> str | No
         if name in kept:
             return kept[name]
     if options.format == "none":
-        return "format none only reorders"
+        return "format none quantises nothing"
     if pattern := skipped_by(linear.name, options.skip):
         return f"skipped by the pattern {pattern!r} of the option skip"
     if pattern := skipped_by(linear.name, BUILTIN_SKIP):
@@ -100,5 +100,5 @@ def nothing_to_quantise(
     more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
     return (
         f"permuquant: nothing in this model can be quantised ({why}{more}). Compile a model with "
-        "larger linears, loosen the option skip, or only reorder: format 'none'"
+        "larger linears, or loosen the option skip"
     )

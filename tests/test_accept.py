@@ -400,7 +400,7 @@ def test_format_none_keeps_every_linear_and_still_reorders() -> None:
     model = Model().add(linear("a"), [(0, 64)], *opposed(k=64))
     plan = model.plan(Options(recipe="random", format="none"), stats={})
     (one,) = plan.linears
-    assert (one.route, one.reason) == ("keep", "format none only reorders")
+    assert (one.route, one.reason) == ("keep", "format none quantises nothing")
     assert one.accepted
     assert plan.orders.keys() == {0}
 
