@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import platform
 import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +94,20 @@ def run(settings: Settings) -> tuple[Row, ...]:
 
     grid(shown, prompts.names).save(settings.out / "grid.png")
     report.to_html(settings.out / "report.html")
-    results = json.dumps([asdict(row) for row in rows], indent=2)
-    (settings.out / "results.json").write_text(results + "\n")
+    results = {"ran_on": ran_on(settings.device), "rows": [asdict(row) for row in rows]}
+    (settings.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     return tuple(rows)
+
+
+def ran_on(device: str) -> dict[str, str]:
+    """The device and the versions that figures belong to."""
+    cuda = torch.device(device).type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else f"{os.cpu_count()} CPU cores",
+        "python": platform.python_version(),
+        "permuquant": pq_compile.__version__,
+        **{name: metadata.version(name) for name in ("torch", "triton", "diffusers")},
+    }
 
 
 def prepared(model: nn.Module, recipe: str, settings: Settings) -> tuple[Model, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -214,7 +215,9 @@ def test_the_demo_compares_and_writes(tmp_path: Path, monkeypatch: pytest.Monkey
     }
     with Image.open(settings.out / "grid.png") as sheet:
         assert sheet.size[1] > 3 * 128
-    assert json.loads((settings.out / "results.json").read_text())[0]["method"] == "rtn"
+    results = json.loads((settings.out / "results.json").read_text())
+    assert results["rows"][0]["method"] == "rtn"
+    assert results["ran_on"]["torch"] == metadata.version("torch")
 
 
 @pytest.mark.slow
