@@ -215,9 +215,11 @@ def _trace(
             view = make_fx(fx.Interpreter(module).run, pre_dispatch=True)(*values)
     except Exception as error:  # whatever fails here costs freedom, never correctness
         text = str(error).strip().partition("\n")[0]
-        return None, f"the graph could not be traced to ATen ({type(error).__name__}: {text})"
+        return None, f"a graph that could not be traced to ATen ({type(error).__name__}: {text})"
     lost = _lost(view, module, parameters)
-    return (None, f"the graph could not be traced to ATen past {lost}") if lost else (view, None)
+    if lost:
+        return None, f"a graph that could not be traced to ATen past {lost}"
+    return view, None
 
 
 def _lost(view: fx.GraphModule, module: fx.GraphModule, parameters: Mapping[str, str]) -> str:

@@ -31,6 +31,20 @@ def written(view: fx.GraphModule) -> dict[int, fx.Node]:
     return found
 
 
+def written_parameters(graph: Graph) -> dict[str, str]:
+    """Why a weight that the graph writes to cannot be packed, by name: it changes during a call."""
+    if graph.view is None:
+        return {}
+    found = written(graph.view)
+    inputs = graph.view.graph.find_nodes(op="placeholder")
+    sources = graph.module.graph.find_nodes(op="placeholder")
+    return {
+        graph.parameters[source.name]: "the graph writes to its weight"
+        for node, source in zip(inputs, sources, strict=True)
+        if source.name in graph.parameters and storage_of(node.meta["val"]) in found
+    }
+
+
 def writes(node: fx.Node) -> bool:
     """Whether the op changes one of its operands."""
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
@@ -51,7 +65,7 @@ def _targets(node: fx.Node) -> list[fx.Node]:
 
 
 def aliased(graph: Graph, example_inputs: Sequence[Any]) -> list[tuple[str, str]]:
-    """Parameters that share memory with another input, and a sentence that names both.
+    """Parameters that share memory with another input, and a reason that names both.
 
     Two slices of one buffer that do not overlap share nothing.
     """
@@ -67,7 +81,7 @@ def aliased(graph: Graph, example_inputs: Sequence[Any]) -> list[tuple[str, str]
     for users in spans.values():
         for (a, b, first), (c, d, second) in combinations(users, 2):
             if a < d and c < b:
-                reason = f"{first} and {second} share memory"
+                reason = f"memory that {first} and {second} share"
                 found += [(first, reason), (second, reason)]
     return found
 

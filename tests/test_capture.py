@@ -149,7 +149,7 @@ def test_a_graph_that_cannot_be_traced_says_why() -> None:
     graph = capture(toy.graph.module, toy.inputs)
     assert graph.view is None
     assert graph.view_error == (
-        "the graph could not be traced to ATen (NotImplementedError: no such thing)"
+        "a graph that could not be traced to ATen (NotImplementedError: no such thing)"
     )
 
 
@@ -161,7 +161,7 @@ def test_a_view_that_loses_track_of_a_parameter_is_none() -> None:
 
     lost = trace(run, tokens()).graph
     assert lost.view is None
-    assert lost.view_error == "the graph could not be traced to ATen past node batched_outputs"
+    assert lost.view_error == "a graph that could not be traced to ATen past node batched_outputs"
 
 
 def test_a_view_may_lose_track_of_constants() -> None:

@@ -244,8 +244,8 @@ def test_heads_merged_into_the_batch_keep_their_permutations() -> None:
         ("returned_parameter", "up.weight[0]", "graph output 1"),
         ("unknown_op", "down.weight[1]", "aten.cumsum (node cumsum)"),
         ("position_in_graph", "embed.weight[0]", "constant aten.arange (node arange)"),
-        ("aliased_buffer", "up.weight[0]", "up.weight and shadow share memory"),
-        ("aliased_buffer", "shadow[1]", "up.weight and shadow share memory"),
+        ("aliased_buffer", "up.weight[0]", "memory that up.weight and shadow share"),
+        ("aliased_buffer", "shadow[1]", "memory that up.weight and shadow share"),
         ("written_buffer", "mean[0]", "written in place by aten.add_ (node add_)"),
         ("in_place_halves", "a.weight[0]", "written in place by aten.copy_ (node setitem)"),
         ("rotate_complex", "q.weight[0]", "aten.view_as_complex (node z)"),
@@ -283,9 +283,9 @@ def test_without_a_view_everything_is_pinned_and_says_why() -> None:
     from dataclasses import replace
 
     toy = traced("plain_mlp")
-    blind = replace(toy.graph, view=None, view_error="the graph could not be traced")
+    blind = replace(toy.graph, view=None, view_error="a graph that could not be traced")
     groups = propagate(blind, toy.inputs)
-    assert {group.pinned_by for group in groups.groups} == {("the graph could not be traced",)}
+    assert {group.pinned_by for group in groups.groups} == {("a graph that could not be traced",)}
 
 
 def test_the_constraint_graph_tells_the_way_to_the_culprit() -> None:
