@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,17 +24,20 @@ import passes.fold
 import passes.lower
 import passes.policy
 import passes.propagate
+import passes.revise
+import passes.storage
 
 from . import ops  # registers the operators of the lowered graph
 from .dump import Dump
 from .errors import Refused
+from .needs import Needs
 from .options import Options
 from .plan import Groups, Linear
-from .released import Released
+from .released import releasable
 from .runtime import CompiledGraph, Program, Site
 from .show import show
 from .trail import dump_frozen, numbered
-from .unit import Needs, Passes
+from .unit import OWNERS, Passes
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +52,7 @@ PASSES = Passes(
     extend=passes.propagate.extend,
     plan=passes.accept.accept,
     fold=passes.fold.fold,
+    revise=passes.revise.revise,
     nothing_to_quantise=passes.policy.nothing_to_quantise,
     frozen=dump_frozen,
 )
@@ -76,8 +80,7 @@ def permuquant(
         raise Refused(nothing)
     _dump(numbered(parsed.dump, "graph"), analysis)
     compiled = None
-    weights = [example_inputs[i] for i in analysis.lowered.packed]
-    if parsed.release_weights == "keep" or all(isinstance(w, Released) for w in weights):
+    if not _releases_later(analysis, example_inputs, parsed):
         compiled = _compile(analysis.lowered, example_inputs, parsed, mode)
     return CompiledGraph(analysis.program, parsed, PASSES, compiled)
 
@@ -95,6 +98,7 @@ class Analysis:
 def analyse(module: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Analysis:
     """Capture, propagate and lower one graph."""
     graph = passes.capture.capture(module, example_inputs)
+    graph = replace(graph, kept={**graph.kept, **passes.storage.written_parameters(graph)})
     log.debug("capture: %d nodes, %d linears", len(module.graph.nodes), len(graph.linears))
     groups = passes.propagate.propagate(graph, example_inputs)
     free = sum(group.free for group in groups.groups)
@@ -133,6 +137,20 @@ def _refuse_what_is_not_inference(example_inputs: Sequence[Any]) -> None:
             "permuquant: the model or its inputs are on the meta device; load real weights first "
             "(pq_compile.explain works on meta tensors)"
         )
+
+
+def _releases_later(analysis: Analysis, example_inputs: Sequence[Any], options: Options) -> bool:
+    """Whether a weight will be released, which fails the guards and brings the graph back here."""
+    needs, names = analysis.program.needs, analysis.program.parameters
+
+    def read_as_it_is(index: int) -> bool:
+        weight = example_inputs[index]
+        others = [OWNERS[weight]] if weight in OWNERS else []  # the graphs seen before
+        return names[index] in needs.dense or any(name in u.needs.dense for u, name in others)
+
+    return options.release_weights != "keep" and any(
+        releasable(example_inputs[i]) and not read_as_it_is(i) for i in analysis.lowered.packed
+    )
 
 
 def _program(

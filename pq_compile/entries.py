@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from .errors import Refused
 from .formats import FORMATS
 from .options import Options
-from .released import Released, discard_backup, release, restore, staleness_key, values
+from .released import Released, discard_backup, releasable, release, restore, staleness_key, values
 
 Fold = Callable[[str, Tensor], Tensor]
 """(name, values) -> reordered copy, or the very tensor where nothing moves."""
@@ -26,6 +27,7 @@ class Entry:
     packed: tuple[Tensor, ...] | None
     folded: Tensor | None
     key: tuple[Any, ...]
+    storage: StorageWeakRef  # that the key speaks of
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -43,15 +45,23 @@ class Maker:
 
     @torch.no_grad()
     def entry(self, name: str, tensor: Tensor) -> Entry:
-        """Fold and pack one parameter; release it if nothing reads the original any more."""
+        """Fold and pack one parameter; release it if nothing reads the original any more.
+
+        One that was released and is read again as it is comes back. ``Refused`` if its values are
+        needed and were dropped.
+        """
         with torch.inference_mode(False):
+            if name in self.dense:
+                restore(tensor)
             original = values(tensor)
             reordered = self.fold(name, original)
             folded = None if reordered is original or name not in self.dense else reordered
             packed = self._pack(name, reordered) if name in self.packed else None
         if packed is not None and name not in self.dense and self._may_release(tensor):
             release(tensor, name, keep_backup=True)
-        return Entry(packed, folded, staleness_key(tensor))
+        with torch._C.DisableTorchFunctionSubclass():
+            storage = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+            return Entry(packed, folded, staleness_key(tensor), storage)
 
     def entries(self, tensors: Mapping[str, Tensor]) -> dict[str, Entry]:
         """An entry for each parameter; if one fails, every one of them is restored."""
@@ -83,5 +93,4 @@ class Maker:
         return format_.quantize(format_.pad(weight))
 
     def _may_release(self, tensor: Tensor) -> bool:
-        kept = self.options.release_weights == "keep"
-        return not kept and isinstance(tensor, nn.Parameter) and not isinstance(tensor, Released)
+        return self.options.release_weights != "keep" and releasable(tensor)

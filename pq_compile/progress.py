@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 from tqdm.auto import tqdm
 
@@ -14,7 +15,7 @@ class _Bar:
     """A bar and the units that still move it."""
 
     shown: Any
-    units: set[int] = field(default_factory=set)
+    units: WeakSet[Any] = field(default_factory=WeakSet)
 
 
 _LOCK = threading.Lock()
@@ -28,18 +29,18 @@ def observed(unit: object, calls: int | None) -> None:
         if bar is None:
             shown = tqdm(total=calls and 0, desc="permuquant: calibrating", unit="call")
             bar = _BARS[calls] = _Bar(shown)
-        if id(unit) not in bar.units:
-            bar.units.add(id(unit))
+        if unit not in bar.units:
+            bar.units.add(unit)
             if calls is not None:
                 bar.shown.total += calls
         bar.shown.update()
 
 
 def done(unit: object) -> None:
-    """``unit`` is not observed any more; a bar closes with its last unit."""
+    """``unit`` is not observed any more; a bar closes with the last of its units that live."""
     with _LOCK:
         for calls, bar in list(_BARS.items()):
-            bar.units.discard(id(unit))
+            bar.units.discard(unit)
             if not bar.units:
                 bar.shown.close()
                 del _BARS[calls]

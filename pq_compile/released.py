@@ -33,6 +33,7 @@ from torch._dynamo.convert_frame import compile_lock
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .accesses import overwrites, reads_only_metadata, sets_data, writes
 from .errors import Refused
 
 
@@ -45,23 +46,6 @@ class Backup:
 
 
 _BACKUPS: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-METADATA = frozenset(
-    (
-        *("size", "dim", "ndimension", "stride", "numel", "nelement", "element_size", "__len__"),
-        *("data_ptr", "untyped_storage", "storage_offset", "get_device"),
-        *("requires_grad_", "__hash__", "_has_compatible_shallow_copy_type"),
-    )
-)
-"""Methods that are answered without the weight's values, beside all named ``is_...``."""
-
-OVERWRITES = frozenset(("copy_", "fill_", "zero_"))
-"""Writes that need nothing of what was there, so that a dropped weight can be loaded again."""
-
-VIEWS = (Tensor.data, Tensor.T, Tensor.mT, Tensor.H, Tensor.mH, Tensor.real, Tensor.imag)
-"""Properties that are made of the weight's values."""
-
-INDEXING = ("__index__", "__int__", "__iter__", "__invert__")
 
 
 class Released(nn.Parameter):
@@ -76,28 +60,25 @@ class Released(nn.Parameter):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if torch.compiler.is_compiling() or _reads_only_metadata(func):
+        if torch.compiler.is_compiling() or reads_only_metadata(func):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        caller = sys._getframe(1).f_code if func is Tensor.detach else None
         target = args[0] if args else None
         if isinstance(target, Released):
             if _moves_nowhere(func, target, args[1:], kwargs):
                 return target
-            if _sets_data(func):
+            if caller is nn.Parameter.__new__.__code__:
+                restore(target)  # it asks for a tensor of the class of ``target``
+                return nn.Parameter(target, target.requires_grad)
+            if sets_data(func):
                 return None if args[1] is target else _replace(target, values(args[1]))
-            if getattr(func, "__name__", "") in OVERWRITES:
+            if overwrites(func):
                 return _overwrite(func, target, args[1:], kwargs)
         for parameter in _touched(func, args, kwargs):
             restore(parameter)
-        read = {id(p): p for p in _released((args, kwargs))}
-        copies = {key: values(parameter) for key, parameter in read.items()}
-        args, kwargs = tree_map_only(Released, lambda p: copies[id(p)], (args, kwargs))
-        result = func(*args, **kwargs)
-        if not _for_a_state_dict(func):
-            for key, copied in copies.items():
-                if _shares_memory(result, copied):
-                    _replace(read[key], copied)
-        return result
+        saved = caller is nn.Module._save_to_state_dict.__code__  # must not fill the device
+        return _read(func, args, kwargs, bring_back=not saved)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         memo[id(self)] = copy = nn.Parameter(values(self), requires_grad=self.requires_grad)
@@ -122,6 +103,18 @@ def release(parameter: Tensor, name: str, keep_backup: bool) -> None:
             _BACKUPS[parameter] = Backup(name, backup)
             parameter.__class__ = Released
             parameter.data = nan.expand(parameter.shape)
+
+
+def releasable(tensor: Tensor) -> bool:
+    """Whether it is an ordinary parameter that has its memory to itself.
+
+    A slice of a larger memory gives nothing back, and writes to the whole must go on reaching it.
+    """
+    return (
+        type(tensor) is nn.Parameter
+        and not tensor.is_inference()
+        and tensor.untyped_storage().nbytes() == tensor.nbytes
+    )
 
 
 def restore(parameter: Tensor) -> None:
@@ -158,11 +151,13 @@ def values(parameter: Tensor) -> Tensor:
 def staleness_key(parameter: Tensor) -> tuple[Any, ...]:
     """Changes whenever the parameter is written, replaced or moved, but for ``p.data.add_(...)``.
 
-    Inference tensors have no version counter; for them only replacement is seen.
+    Inference tensors have no version counter; for them only replacement is seen. Memory that is
+    given back may be used again at the same address, and the storage's number as well: whoever
+    keeps a key keeps a ``StorageWeakRef`` too, which reserves the number.
     """
-    with torch._C.DisableTorchFunctionSubclass():
-        version = -1 if parameter.is_inference() else parameter._version
-        return parameter.data_ptr(), version, parameter.device, parameter.dtype
+    version = -1 if parameter.is_inference() else parameter._version
+    storage = parameter.untyped_storage()._cdata
+    return storage, parameter.data_ptr(), version, parameter.device, parameter.dtype
 
 
 def _replace(parameter: Tensor, contents: Tensor) -> None:
@@ -189,7 +184,7 @@ def _touched(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> list[Released]:
     """The released parameters that a call writes to or differentiates."""
-    written = (args[0] if args else kwargs) if _writes(func) else None
+    written = (args[0] if args else kwargs) if writes(func) else None
     found = _released((written, kwargs.get("out")))
     if torch.is_grad_enabled() and func is not Tensor.detach:
         found += [p for p in _released((args, kwargs)) if p.requires_grad]
@@ -200,10 +195,18 @@ def _released(tree: Any) -> list[Released]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Released)]
 
 
-def _for_a_state_dict(func: Callable[..., Any]) -> bool:
-    """Saving a model must not bring it back to its device."""
-    code = nn.Module._save_to_state_dict.__code__
-    return func is Tensor.detach and sys._getframe(2).f_code is code
+def _read(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], bring_back: bool
+) -> Any:
+    """Call ``func`` on copies; one whose memory the result shares becomes the parameter's."""
+    read = {id(parameter): parameter for parameter in _released((args, kwargs))}
+    copies = {key: values(parameter) for key, parameter in read.items()}
+    args, kwargs = tree_map_only(Released, lambda p: copies[id(p)], (args, kwargs))
+    result = func(*args, **kwargs)
+    for key, copied in copies.items():
+        if bring_back and _shares_memory(result, copied):
+            _replace(read[key], copied)
+    return result
 
 
 def _shares_memory(result: Any, copied: Tensor) -> bool:
@@ -229,22 +232,3 @@ def _moves_nowhere(
     where = parameter.device if device is None else torch.empty(0, device=device).device
     same = where == parameter.device and dtype in (None, parameter.dtype)
     return same and memory_format is None
-
-
-def _sets_data(func: Callable[..., Any]) -> bool:
-    return getattr(func, "__self__", None) is Tensor.data and func.__name__ == "__set__"
-
-
-def _reads_only_metadata(func: Callable[..., Any]) -> bool:
-    name = getattr(func, "__name__", "")
-    if name in ("__get__", "__set__", "__delete__"):
-        return getattr(func, "__self__", None) not in VIEWS
-    asks = name.startswith(("is_", "_is_")) and name != "is_nonzero"
-    return asks or name in METADATA
-
-
-def _writes(func: Callable[..., Any]) -> bool:
-    name = getattr(func, "__name__", "")
-    in_place = name.endswith("_") and not name.endswith("__")
-    augmented = name.startswith("__i") and name.endswith("__") and name not in INDEXING
-    return in_place or augmented or name == "__setitem__"

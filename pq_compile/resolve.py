@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from types import CodeType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,8 +19,9 @@ def parameters_of(obj: Any) -> dict[str, Tensor]:
     """Parameters and buffers reachable from ``obj``, by name.
 
     Follows an ``OptimizedModule`` to its module, a compiled or decorated function to the original,
-    a bound method to its object, closure cells and the globals that a function names. Raises
-    ``Refused`` where no module is found.
+    a bound method to its object, an object to its attributes, lists and dicts to what they hold,
+    closure cells and the globals that a function names. Raises ``Refused`` where no module is
+    found.
     """
     modules = list(dict.fromkeys(_modules(obj, set())))
     if not modules:
@@ -48,11 +50,16 @@ def _modules(obj: Any, seen: set[int]) -> Iterator[nn.Module]:
         inner += [obj.func, *obj.args, *obj.keywords.values()]
     inner += [getattr(obj, name, None) for name in ("__self__", "__func__", "__wrapped__")]
     code = getattr(obj, "__code__", None)
-    if code is not None:
+    if isinstance(code, CodeType):
         inner += [cell.cell_contents for cell in obj.__closure__ or () if _filled(cell)]
         inner += [obj.__globals__[name] for name in code.co_names if name in obj.__globals__]
+    elif hasattr(obj, "__dict__") and not isinstance(obj, type | ModuleType):
+        inner += vars(obj).values()
+    inner += obj.values() if isinstance(obj, dict) else obj if isinstance(obj, list | tuple) else ()
+    owner = getattr(obj, "__self__", None)
     for thing in inner:
-        if isinstance(thing, nn.Module) or any(hasattr(thing, mark) for mark in CALLABLES):
+        followed = isinstance(thing, nn.Module | list | tuple | dict) or thing is owner
+        if followed or any(hasattr(thing, mark) for mark in CALLABLES):
             yield from _modules(thing, seen)
 
 

@@ -19,11 +19,19 @@ from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
 from . import progress
 from .errors import Refused
+from .needs import Needs
 from .options import Options
-from .unit import OWNERS, Needs, Passes, Unit
+from .released import staleness_key
+from .unit import OWNERS, Passes, Unit
 
 HELD: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""Parameters whose calibration ends only when the user says so."""
+"""Parameter -> number of calibrations around it that end only when the user says so."""
+
+TAKEN_OVER = (
+    "permuquant: this model was compiled before with other options; from now on its weights follow "
+    "these, and the earlier compiled model observes anew if it is called again. To use both, "
+    "compile copy.deepcopy(model)"
+)
 
 _LOCK = threading.RLock()
 
@@ -58,7 +66,11 @@ class Binding:
     references: tuple[tuple[int, TensorWeakRef], ...]
     generation: int = -1
     replaced: tuple[tuple[int, Tensor], ...] = ()  # lowered input -> tensor that serves there
-    checks: tuple[tuple[int, tuple[Any, ...]], ...] = ()  # argument -> its staleness key
+    checks: tuple[tuple[int, tuple[Any, ...]], ...] = ()  # argument replaced -> staleness key
+
+    @property
+    def alive(self) -> bool:
+        return not self.unit.merged_away and all(ref() is not None for _, ref in self.references)
 
     def matches(self, args: Sequence[Any]) -> bool:
         return not self.unit.merged_away and all(ref() is args[i] for i, ref in self.references)
@@ -78,7 +90,8 @@ class CompiledGraph:
         self.options = options
         self.passes = passes
         self.compiled = compiled  # of the lowered graph; None while weights are yet to be released
-        self._bindings: list[Binding] = []
+        self._anchor = torch.empty(0)  # the first parameter of a graph without any
+        self._bindings: WeakIdKeyDictionary = WeakIdKeyDictionary()  # first parameter -> bindings
         self._local = threading.local()
         self._observed = _observed(program, self._record)
 
@@ -94,15 +107,15 @@ class CompiledGraph:
 
     def bind(self, args: Sequence[Any]) -> Binding:
         """The binding of these arguments, made on their first call."""
-        for binding in self._bindings:
+        first = next(iter(self.program.parameters), None)
+        anchor = self._anchor if first is None else args[first]
+        for binding in self._bindings.setdefault(anchor, []):  # type: ignore[no-untyped-call]
             if binding.matches(args):
-                return binding
+                return binding  # type: ignore[no-any-return]
         with _LOCK:
-            self._bindings = [
-                b for b in self._bindings if all(ref() is not None for _, ref in b.references)
-            ]
             binding = self._new_binding(args)
-            self._bindings = [binding, *self._bindings]
+            alive = [one for one in self._bindings[anchor] if one.alive]
+            self._bindings[anchor] = [binding, *alive]
             return binding
 
     def _new_binding(self, args: Sequence[Any]) -> Binding:
@@ -130,8 +143,12 @@ class CompiledGraph:
             renames = {
                 name: joint.adopt(tensor, name) for name, tensor in unit.parameters().items()
             }
-            joint.join(unit.needs.renamed(renames, self.passes.rename))
+            if unit in alike:
+                joint.join(unit.needs.renamed(renames, self.passes.rename))
+            else:
+                warnings.warn(TAKEN_OVER, RuntimeWarning, stacklevel=2)
             unit.merged_away = True
+            progress.done(unit)
         return joint
 
     # ---------------------------------------------------------------- observe
@@ -142,14 +159,17 @@ class CompiledGraph:
         with unit.lock:
             if unit.frozen:
                 return None
-            held = any(ref() in HELD for _, ref in binding.references[:1])
+            held = any(ref() in HELD and HELD[ref()] for _, ref in binding.references[:1])
             if unit.ready and unit.options.observed_calls == 0 and not held and self._freeze(unit):
                 return None
             if unit.failure is not None:
                 return self.program.module(*args)
             unit.observer.begin_call({name: args[i] for i, name in self.program.inputs.items()})
             self._local.binding = binding
-            out = self._observed(*args)
+            try:
+                out = self._observed(*args)
+            finally:
+                self._local.binding = None
             unit.calls += 1
             if unit.options.progress:
                 progress.observed(unit, unit.options.observed_calls if not held else None)
@@ -206,19 +226,14 @@ class CompiledGraph:
                 elif entry.folded is not None:
                     replaced.append((position, entry.folded))
             binding.replaced = tuple(replaced)
-            binding.checks = tuple((i, entry.key) for i, entry in entries.items())
+            binding.checks = tuple((i, entry.key) for i, entry in entries.items() if entry.tensors)
             binding.generation = binding.unit.generation
 
 
 def _fresh(binding: Binding, args: Sequence[Any]) -> bool:
     """No parameter was written, replaced or moved since its entry was made."""
     with torch._C.DisableTorchFunctionSubclass():
-        return all(_key(args[i]) == key for i, key in binding.checks)
-
-
-def _key(tensor: Tensor) -> tuple[Any, ...]:
-    version = -1 if tensor.is_inference() else tensor._version
-    return tensor.data_ptr(), version, tensor.device, tensor.dtype
+        return all(staleness_key(args[i]) == key for i, key in binding.checks)
 
 
 def _observed(program: Program, record: Callable[[Tensor, int], None]) -> fx.GraphModule:

@@ -7,17 +7,21 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from .needs import Needs
 from .ops import where
 from .options import Options
 from .plan import LinearPlan, Plan
 from .reporting import Section
-from .unit import Needs, Passes, Unit
+from .unit import Passes, Unit
 
 
 def section(unit: Unit, user_names: Mapping[int, str]) -> Section:
     """The unit as it is now; ``user_names`` are the names in the user's model, by id of tensor."""
     tensors = unit.parameters()
-    names = {name: user_names.get(id(tensor), name) for name, tensor in tensors.items()}
+    known = {name: user_names[id(t)] for name, t in tensors.items() if id(t) in user_names}
+    taken = set(known.values())
+    other = {name: f"another model's {name}" for name in tensors if name in taken}
+    names = {name: known.get(name, other.get(name, name)) for name in tensors}
     needs = unit.needs.renamed(names, unit.passes.rename)
     old = (group.name for group in unit.needs.groups.groups)
     renamed = dict(zip(old, (group.name for group in needs.groups.groups), strict=True))

@@ -51,17 +51,25 @@ def refresh(model: Any) -> None:
 def calibration(model: Any) -> Iterator[None]:
     """Observe every call made inside, however many, and freeze at the end.
 
-    Left by an exception, the model stays in its own precision and goes on observing.
+    Inside another calibration of the same model it adds nothing: the outer one ends it. Left by an
+    exception, the model stays in its own precision and goes on observing. Raises ``Refused`` for a
+    model that is frozen.
     """
     tensors = list(parameters_of(model).values())
+    if any(OWNERS[tensor][0].frozen for tensor in tensors if tensor in OWNERS):
+        raise Refused(
+            "permuquant: this model is frozen already, and nothing would be observed; put all "
+            "calls into one calibration, or compile a copy of the model to choose anew"
+        )
     for tensor in tensors:
-        HELD[tensor] = True
+        HELD[tensor] = HELD[tensor] + 1 if tensor in HELD else 1
     try:
         yield
     finally:
         for tensor in tensors:
-            HELD.pop(tensor, None)  # type: ignore[no-untyped-call]
-    freeze(model)
+            HELD[tensor] -= 1
+    if not any(HELD[tensor] for tensor in tensors):
+        freeze(model)
 
 
 def report(model: Any) -> Report:

@@ -17,14 +17,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
 from .entries import Entry, Maker
 from .errors import Refused
+from .needs import Needs, Rename
 from .options import Options
 from .permutation import Permutation
-from .plan import Axis, Groups, Linear, Orders, Plan, Statistics, axis_order
+from .plan import Axis, Groups, Orders, Plan, Statistics, axis_order
 from .released import Released, readable, restore, staleness_key
 
 log = logging.getLogger(__name__)
@@ -42,9 +44,6 @@ class Observing(Protocol):
     def warnings(self) -> tuple[str, ...]: ...
 
 
-Rename = Callable[[Groups, Mapping[str, str]], Groups]
-
-
 @dataclass(frozen=True)
 class Passes:
     """The passes that a unit runs when it freezes, handed in by the backend."""
@@ -55,29 +54,9 @@ class Passes:
     extend: Callable[[Mapping[Axis, Permutation], Groups], tuple[Orders, tuple[str, ...]]]
     plan: Callable[..., Plan]
     fold: Callable[[str, Tensor, Groups, Orders], Tensor]
+    revise: Callable[[Plan, Groups, Orders], Plan]
     nothing_to_quantise: Callable[..., str | None]
     frozen: Callable[[Unit, Mapping[str, Statistics]], None]  # told once a unit is frozen
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What one graph asks of its parameters, by name."""
-
-    groups: Groups
-    linears: tuple[Linear, ...]
-    kept: Mapping[str, str]
-    packed: frozenset[str]  # weights wanted packed
-    dense: frozenset[str]  # parameters read as they are
-
-    def renamed(self, names: Mapping[str, str], rename: Rename) -> Needs:
-        """The same with other parameter names; a name that ``names`` lacks stays."""
-        return Needs(
-            rename(self.groups, names),
-            tuple(linear.renamed(names) for linear in self.linears),
-            self.kept,
-            frozenset(names.get(name, name) for name in self.packed),
-            frozenset(names.get(name, name) for name in self.dense),
-        )
 
 
 class Unit:
@@ -95,9 +74,10 @@ class Unit:
         self.orders: Orders = {}
         self.notes: tuple[str, ...] = ()
         self.seconds: dict[str, float] = {}
-        self.needs = Needs(Groups({}, ()), (), {}, frozenset(), frozenset())
+        self.needs = Needs()
         self.observer = passes.observer(options.seed)
         self._references: dict[str, TensorWeakRef] = {}
+        self._shapes: dict[str, torch.Size] = {}
         self._entries: dict[str, Entry] = {}
 
     # ---------------------------------------------------------------- parameters and graphs
@@ -116,11 +96,17 @@ class Unit:
         return {name: tensor for name, tensor in alive.items() if tensor is not None}
 
     def adopt(self, tensor: Tensor, wish: str) -> str:
-        """Make ``tensor`` a parameter of this unit; returns its name, ``wish`` if that is free."""
+        """Make ``tensor`` a parameter of this unit; returns its name, ``wish`` if that is free.
+
+        A parameter that died leaves its name to one of the same shape.
+        """
         name, n = wish, 2
-        while name in self._references and self._references[name]() is not None:
+        while name in self._references and (
+            self._references[name]() is not None or self._shapes[name] != tensor.shape
+        ):
             name, n = f"{wish}#{n}", n + 1
-        self._references[name] = TensorWeakRef(tensor)
+        self._references[name], self._shapes[name] = TensorWeakRef(tensor), tensor.shape
+        self._entries.pop(name, None)
         OWNERS[tensor] = (self, name)
         return name
 
@@ -131,15 +117,7 @@ class Unit:
         again from their originals; ``Refused`` where those were dropped.
         """
         with self.lock:
-            known = {linear.weight for linear in self.needs.linears}
-            joint = Needs(
-                groups=self.passes.merge([self.needs.groups, needs.groups]),
-                linears=self.needs.linears
-                + tuple(linear for linear in needs.linears if linear.weight not in known),
-                kept={**needs.kept, **self.needs.kept},
-                packed=self.needs.packed | needs.packed,
-                dense=self.needs.dense | needs.dense,
-            )
+            joint = self.needs.joined(needs, self.passes.merge)
             if self.plan is None:
                 self.needs = joint
             else:
@@ -148,21 +126,18 @@ class Unit:
     def _extend(self, joint: Needs) -> None:
         """Bring a frozen unit into an order that is legal in one more graph."""
         assert self.plan is not None
-        before = {axis: axis_order(axis, self.needs.groups, self.orders) for axis in self._axes()}
+        segments = self.needs.groups.segments
+        before = {axis: axis_order(axis, self.needs.groups, self.orders) for axis in segments}
         orders, culprits = self.passes.extend(before, joint.groups)
-        changed = {
+        moved = {
             axis.parameter
             for axis, order in before.items()
             if axis_order(axis, joint.groups, orders) != order
         }
         tensors = self.parameters()
-        dropped = [name for name in sorted(changed) if not readable(tensors.get(name))]
-        if dropped:
-            raise Refused(
-                f"permuquant: this call needs {dropped[0]} in another order"
-                f" ({'; '.join(culprits)}), but its original was dropped; compile with"
-                " release_weights='backup', or calibrate with calls of this kind too"
-            )
+        self._refuse_if_dropped(moved, tensors, f"in another order ({'; '.join(culprits)})")
+        asked = self.needs.read_otherwise(joint)
+        self._refuse_if_dropped(asked, tensors, "as it was before packing")
         known = {linear.weight for linear in self.needs.linears}
         late = [linear for linear in joint.linears if linear.weight not in known]
         plan = self.plan
@@ -174,14 +149,22 @@ class Unit:
                 plan, linears=plan.linears + tuple(replace(one, reason=reason) for one in added)
             )
         self.needs, self.orders = joint, orders
-        self.plan = replace(plan, orders=orders)
+        self.plan = self.passes.revise(plan, joint.groups, orders)
         self.notes += tuple(f"order given up: {culprit}" for culprit in culprits)
-        for name in changed:
+        for name in moved | asked:
             self._entries.pop(name, None)
         self.generation += 1
 
-    def _axes(self) -> Iterable[Axis]:
-        return self.needs.groups.segments.keys()
+    def _refuse_if_dropped(
+        self, names: Iterable[str], tensors: Mapping[str, Tensor], how: str
+    ) -> None:
+        for name in sorted(names):
+            if not readable(tensors.get(name)):
+                raise Refused(
+                    f"permuquant: this call needs {name} {how}, but its original was dropped; "
+                    "compile with release_weights='backup', or calibrate with calls of this kind "
+                    "too"
+                )
 
     # ---------------------------------------------------------------- observe -> freeze
 

@@ -110,7 +110,9 @@ def _plan(module: nn.Module) -> tuple[str, str, Permutation] | None:
     if not isinstance(module, nn.Linear) or weight not in OWNERS:
         return None
     unit, name = OWNERS[weight]
-    planned = next(one for one in unit.plan.linears if one.linear.weight == name)
+    planned = next((one for one in unit.plan.linears if one.linear.weight == name), None)
+    if planned is None:  # its weight was only read by something else so far
+        return None
     order = axis_order(planned.linear.input_axis, unit.needs.groups, unit.orders)
     return (planned.route, unit.options.format, order) if planned.route != "keep" else None
 

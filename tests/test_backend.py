@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import pq_compile
+from pq_compile import backend
 from pq_compile.errors import Refused
 from pq_compile.options import Options
 from pq_compile.resolve import parameters_of
@@ -192,11 +193,20 @@ def test_every_way_to_hold_a_model_finds_its_parameters() -> None:
         def __init__(self) -> None:
             self.model = model
 
+        def step(self, x: Tensor) -> Any:
+            return self.model(x, x)
+
+    models = {"denoiser": [model]}
+
+    def container(x: Tensor) -> Any:
+        return models["denoiser"][0](x, x)
+
     def optimized(held: Any) -> Any:
         return torch.compile(held, backend="eager")
 
     expected = {id(p) for p in model.parameters()}
-    for held in (model, optimized(model), closure, optimized(closure), model.forward):
+    held_by = (model, optimized(model), closure, optimized(closure), model.forward)
+    for held in (*held_by, Holder(), Holder().step, container):
         assert {id(p) for p in parameters_of(held).values()} == expected
     assert {id(p) for p in parameters_of(uses_a_global).values()} == {
         id(p) for p in MODEL.parameters()
@@ -248,6 +258,36 @@ def test_importing_the_package_imports_no_pass() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(64, 64).requires_grad_(False)
+        self.down = nn.Linear(64, 64).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down(self.up(x))
+        return out
+
+
+@pytest.mark.parametrize("slices", [(), ("up",), ("up", "down")], ids=str)
+def test_a_graph_is_compiled_once_none_of_its_weights_is_yet_to_be_released(
+    slices: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, compilations = Pair(), []
+    for name in slices:  # a slice of a larger memory is never released
+        memory = torch.randn(65, 64)
+        getattr(model, name).weight = nn.Parameter(memory[1:], requires_grad=False)
+
+    def compile_(lowered: Any, *rest: Any) -> Any:
+        compilations.append(len(seen))
+        return lowered.module
+
+    monkeypatch.setattr(backend, "_compile", compile_)
+    fast, seen = compiled(model), list[Tensor]()
+    seen += (run(fast, torch.randn(2, 3, 64)) for _ in range(3))
+    assert compilations == [0 if len(slices) == 2 else 1]
+
+
 # ---------------------------------------------------------------- dumps
 
 
@@ -267,7 +307,15 @@ for folder in sys.argv[1:]:
         paths = [str(tmp_path / folder) for folder in folders]
         subprocess.run([sys.executable, "-c", script, *paths], check=True)
     first = {p.relative_to(tmp_path / "a"): p for p in sorted((tmp_path / "a").rglob("*.*"))}
-    stages = ("00_capture", "01_groups", "02_statistics", "03_plan", "04_folded", "05_lowered")
+    stages = (
+        "00_capture",
+        "01_groups",
+        "01_pins",
+        "02_statistics",
+        "03_plan",
+        "04_folded",
+        "05_lowered",
+    )
     for stage in stages:
         assert any(stage in str(name) for name in first), stage
     for other in ("b", "c"):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -312,15 +314,139 @@ def test_a_freeze_that_fails_leaves_the_model_in_its_own_precision(
     assert relative_error(run(fast, *inputs(1)), by_hand(model, *inputs(1))) < CLOSE
 
 
-def test_a_model_that_dies_takes_its_packed_weights_along() -> None:
-    import gc
-    import weakref
-
+@pytest.mark.parametrize("recipe", ["random", "permuquant"])
+def test_a_model_that_dies_takes_its_packed_weights_along(recipe: str) -> None:
     model = denoiser()
-    fast = served(model)
-    unit, packed = weakref.ref(unit_of(model)), weakref.ref(model.blocks[0].up.weight)
-    del model, fast
-    torch._dynamo.reset()
+    fast = compiled(model, recipe=recipe)
+    run(fast, *inputs(0))
+    unit, weight = weakref.ref(unit_of(model)), weakref.ref(model.blocks[0].up.weight)
+    packed = [
+        weakref.ref(tensor) for tensors in unit_of(model).served().values() for tensor in tensors
+    ]
+    assert bool(packed) == (recipe == "random")
+    del model, fast  # and nobody resets Dynamo, whose cache lives on
     gc.collect()
-    assert packed() is None
-    assert unit() is None
+    assert not any(reference() is not None for reference in (unit, weight, *packed))
+
+
+@pytest.mark.parametrize("release", ["backup", "keep"])
+def test_memory_that_is_used_again_at_the_same_address_is_packed_again(release: str) -> None:
+    model = denoiser()
+    weight = model.blocks[0].up.weight
+    memory = torch.randn(256, 64, dtype=torch.float64).numpy()
+    weight.data = torch.from_numpy(memory)
+    fast = served(model, release_weights=release)
+    memory *= 2
+    weight.data = torch.from_numpy(memory)
+    assert relative_error(run(fast, *inputs(4)), by_hand(model, *inputs(4))) < CLOSE
+
+
+def test_a_parameter_takes_over_the_name_of_one_that_died_and_not_its_packed_weight() -> None:
+    model = denoiser()
+    memory = torch.randn(256, 64, dtype=torch.float64).numpy()
+    model.blocks[0].up.weight = nn.Parameter(torch.from_numpy(memory), requires_grad=False)
+    fast = served(model, release_weights="keep")
+    for _ in range(2):
+        del model.blocks[0].up.weight
+        memory *= 2
+        model.blocks[0].up.weight = nn.Parameter(torch.from_numpy(memory), requires_grad=False)
+        assert relative_error(run(fast, *inputs(4)), by_hand(model, *inputs(4))) < CLOSE
+
+
+def test_slices_of_one_memory_are_not_released() -> None:
+    model = denoiser()
+    weight = model.blocks[0].up.weight
+    memory = torch.cat([weight.flatten(), weight[0]])
+    model.blocks[0].up.weight = nn.Parameter(memory[: weight.numel()].view_as(weight), False)
+    fast = served(model)
+    assert {type(block.up.weight) for block in model.blocks} == {nn.Parameter, Released}
+    memory.mul_(2)
+    assert torch.equal(model.blocks[0].up.weight.flatten(), memory[: weight.numel()])
+    pq_compile.refresh(fast)
+    assert relative_error(run(fast, *inputs(4)), by_hand(model, *inputs(4))) < CLOSE
+
+
+def test_a_model_made_under_inference_mode_is_served() -> None:
+    with torch.inference_mode():
+        model = denoiser()
+    fast = compiled(model)
+    for context in (torch.inference_mode, torch.no_grad):
+        with context():
+            for _ in range(2):
+                found = fast(*inputs(0))
+        assert relative_error(found, by_hand(model, *inputs(0))) < CLOSE
+
+
+def test_a_frozen_model_can_be_trained_and_is_served_afresh() -> None:
+    model, plain, given = denoiser(), denoiser(), inputs(0)
+    fast = served(model)
+    for one in (model, plain):
+        one.requires_grad_(True)
+        one(*given).square().mean().backward()
+        torch.optim.SGD(one.parameters(), lr=0.1).step()
+        one.requires_grad_(False)
+    for found, expected in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(found, expected)
+    assert relative_error(run(fast, *given), by_hand(model, *given)) < CLOSE
+
+
+def test_a_model_compiled_again_with_other_options_follows_them() -> None:
+    model = denoiser()
+    served(model)
+    for options in ({"format": "int4"}, {"format": "none"}, {"skip": ("*up",)}):
+        fast = compiled(model, **options)
+        with pytest.warns(RuntimeWarning, match=r"compiled before with other options"):
+            run(fast, *inputs(0))
+        assert relative_error(run(fast, *inputs(0)), by_hand(model, *inputs(0))) < CLOSE
+    assert not isinstance(model.blocks[0].up.weight, Released)
+
+
+class Wrapped(nn.Module):
+    def __init__(self, core: nn.Module, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.core = core
+        self.after = nn.Linear(64, 64).double().requires_grad_(False)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        out: Tensor = self.core(x, condition + self.after(condition))
+        return out
+
+
+@pytest.mark.parametrize("recipe", ["random", "permuquant"])
+def test_two_models_may_share_a_part(recipe: str) -> None:
+    core = denoiser()
+    models = [Wrapped(core, seed) for seed in (1, 2)]
+    fasts = [compiled(model, recipe=recipe) for model in models]
+    for fast in (*fasts, *fasts):
+        for seed in range(4):
+            run(fast, *inputs(seed))
+    for model, fast in zip(models, fasts, strict=True):
+        plain = Wrapped(denoiser(), 0)
+        plain.load_state_dict(model.state_dict())
+        with served_by_hand(plain, model):
+            assert relative_error(run(fast, *inputs(5)), run(plain, *inputs(5))) < CLOSE
+        names = [linear["name"] for linear in pq_compile.report(fast).to_dict()["linears"]]
+        assert {"after", "core.blocks.0.to_q"} < set(names)
+        assert len(set(names)) == len(names)
+
+
+def test_an_inner_calibration_leaves_the_end_to_the_outer_one() -> None:
+    model = denoiser()
+    fast = compiled(model, recipe="permuquant")
+    with pq_compile.calibration(fast):
+        with pq_compile.calibration(fast):
+            run(fast, *inputs(0))
+        assert not unit_of(model).frozen
+        run(fast, *inputs(1))
+    assert unit_of(model).frozen
+    assert unit_of(model).calls == 2
+
+
+def test_calibrating_a_frozen_model_is_refused() -> None:
+    fast = served(denoiser())
+    with (
+        pytest.raises(Refused, match=r"frozen already, and nothing would be observed"),
+        pq_compile.calibration(fast),
+    ):
+        run(fast, *inputs(0))

@@ -74,6 +74,13 @@ def test_what_is_written_to_a_view_reaches_the_weight(
     assert torch.equal(linear.weight, whole)
 
 
+def test_a_parameter_made_of_it_shares_its_memory(linear: nn.Linear, whole: Tensor) -> None:
+    other = nn.Parameter(linear.weight, requires_grad=False)
+    assert type(other) is nn.Parameter
+    other.add_(1)
+    assert torch.equal(linear.weight, whole + 1)
+
+
 def test_an_average_of_models_goes_on_when_it_was_released(linear: nn.Linear) -> None:
     half = torch.optim.swa_utils.get_ema_multi_avg_fn(0.5)  # type: ignore[no-untyped-call]
     averaged = torch.optim.swa_utils.AveragedModel(linear, multi_avg_fn=half)

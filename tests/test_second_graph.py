@@ -137,6 +137,8 @@ def test_packed_weights_are_packed_again_in_an_order_that_both_graphs_allow(rele
             assert relative_error(found, run(copied, *arguments)) < QUANTISED
     (order,) = [g for g in unit_of(model).needs.groups.groups if g.name == "blocks.0.up.weight[0]"]
     assert order.pinned_by == ("graph input extra",)
+    linears = {one["name"]: one for one in pq_compile.report(fast).to_dict()["linears"]}
+    assert not linears["blocks.0.down"]["accepted"]
 
 
 def test_without_originals_a_graph_that_needs_another_order_is_refused() -> None:
@@ -180,3 +182,86 @@ def test_units_that_meet_in_one_graph_are_observed_anew_as_one() -> None:
     plain = denoiser()
     with served_by_hand(plain, model):
         assert relative_error(found, run(plain, *inputs(0))) < QUANTISED
+
+
+class Tied(nn.Module):
+    """Its second weight is read by a linear, by something else, or written to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(64, 256).requires_grad_(False)
+        self.down = nn.Linear(256, 64).requires_grad_(False)
+
+    def forward(self, x: Tensor, how: str = "linear") -> Tensor:
+        h = torch.relu(self.up(x))
+        if how == "einsum":
+            return torch.einsum("...k,nk->...n", h, self.down.weight) + self.down.bias
+        if how == "both":
+            return torch.cat([self.down(h), self.down.weight.expand(2, -1, -1)[..., :64]], 1)
+        if how == "written":
+            self.down.weight.mul_(0.5)
+        out: Tensor = self.down(h)
+        return out
+
+
+@pytest.mark.parametrize("release", ["backup", "keep"])
+@pytest.mark.parametrize(
+    "order", [("linear", "both"), ("einsum", "linear"), ("linear", "einsum")], ids=" then ".join
+)
+@pytest.mark.parametrize("recipe", ["random", "rtn"])
+def test_a_weight_may_be_read_in_another_form_later(
+    order: tuple[str, str], release: str, recipe: str
+) -> None:
+    torch.manual_seed(0)
+    model, x = Tied(), torch.randn(2, 12, 64)
+    fast = reordered(model, format="nvfp4", release_weights=release, recipe=recipe)
+    plain = Tied()
+    for how in (*order, *order, *order):
+        found = run(fast, x, how)
+        plain.load_state_dict(model.state_dict())
+        with served_by_hand(plain, model):
+            assert relative_error(found, run(plain, x, how)) < 2e-3
+        if how == "both":
+            assert torch.equal(found[:, 12:], model.down.weight.expand(2, -1, -1)[..., :64])
+
+
+def test_a_dropped_weight_that_is_read_as_it_was_is_refused_and_goes_on_serving() -> None:
+    torch.manual_seed(0)
+    model, x = Tied(), torch.randn(2, 12, 64)
+    fast = reordered(model, format="nvfp4", release_weights="drop", recipe="rtn")
+    expected = run(fast, x)
+    with pytest.raises(Refused, match=r"needs down\.weight as it was before packing, but its orig"):
+        run(fast, x, "both")
+    assert torch.equal(run(fast, x), expected)
+
+
+def test_a_weight_that_its_graph_writes_to_stays_in_its_own_precision() -> None:
+    torch.manual_seed(0)
+    model, plain, x = Tied(), Tied(), torch.randn(2, 12, 64)
+    plain.load_state_dict(model.state_dict())
+    fast = reordered(model, format="nvfp4", skip=("up",), recipe="rtn")
+    with pytest.raises(Refused, match=r"down: the graph writes to its weight"):
+        run(fast, x, "written")
+    fast = reordered(model, format="nvfp4", recipe="rtn")
+    for _ in range(3):
+        found = run(fast, x, "written")
+        with served_by_hand(plain, model):
+            assert relative_error(found, run(plain, x, "written")) < 2e-3
+
+
+@pytest.mark.parametrize("calls", [1, 4])
+def test_a_layer_may_be_replaced_by_one_of_another_size(calls: int) -> None:
+    torch.manual_seed(0)
+    model, x = Tied(), torch.randn(2, 12, 64)
+    fast = reordered(model, format="nvfp4", recipe="permuquant", calibration_calls=3)
+    for _ in range(calls):
+        run(fast, x)
+    model.up, model.down = nn.Linear(64, 128), nn.Linear(128, 64)
+    model.requires_grad_(False)
+    for _ in range(4):
+        found = run(fast, x)
+    plain = Tied()
+    plain.up, plain.down = nn.Linear(64, 128), nn.Linear(128, 64)
+    plain.load_state_dict(model.state_dict())
+    with served_by_hand(plain, model):
+        assert relative_error(found, run(plain, x)) < 2e-3
