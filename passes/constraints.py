@@ -38,12 +38,11 @@ def constraint_graph(rows: Rows) -> nx.DiGraph[Any]:
     return graph
 
 
-def why(rows: Rows, axis: Axis) -> list[str]:
+def why(graph: nx.DiGraph[Any], axis: Axis) -> list[str]:
     """The shortest way from an axis to what pins it, one step a line; empty if it is free.
 
-    Raises ``KeyError`` if the graph has no such axis.
+    ``graph`` is a ``constraint_graph``. Raises ``KeyError`` if it has no such axis.
     """
-    graph = constraint_graph(rows)
     if axis not in graph:
         raise KeyError(str(axis))
     ways = nx.single_source_shortest_path(graph, axis)
@@ -54,3 +53,10 @@ def why(rows: Rows, axis: Axis) -> list[str]:
     edges = pairwise(way[1:-1])
     steps = dict.fromkeys(graph.edges[edge]["op"] for edge in edges)  # heads are cut off one by one
     return [str(axis), *steps, f"pinned by {way[-1]}"]
+
+
+def every_pin(rows: Rows) -> str:
+    """Why each axis that may not move may not: its way to what pins it, one axis a line."""
+    graph = constraint_graph(rows)
+    ways = (why(graph, axis) for axis in rows)
+    return "".join(f"{' <- '.join(way)}\n" for way in ways if way)

@@ -9,7 +9,6 @@ follow at call time, in ``unit``.
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +19,9 @@ from torch import Tensor, fx
 import passes.accept
 import passes.calibrate
 import passes.capture
+import passes.constraints
 import passes.fold
+import passes.groups
 import passes.lower
 import passes.policy
 import passes.propagate
@@ -30,6 +31,7 @@ import passes.storage
 from . import ops  # registers the operators of the lowered graph
 from .dump import Dump
 from .errors import Refused
+from .frames import is_whole_model
 from .needs import Needs
 from .options import Options
 from .plan import Groups, Linear
@@ -76,7 +78,7 @@ def permuquant(
     analysis = analyse(module, example_inputs, parsed)
     needs = analysis.program.needs
     nothing = passes.policy.nothing_to_quantise(needs.linears, needs.kept, parsed)
-    if nothing is not None and _is_whole_model():
+    if nothing is not None and is_whole_model():
         raise Refused(nothing)
     _dump(numbered(parsed.dump, "graph"), analysis)
     compiled = None
@@ -90,6 +92,7 @@ class Analysis:
     """All that can be known of a graph without running it."""
 
     graph: passes.capture.Graph
+    rows: passes.propagate.Rows
     lowered: passes.lower.Lowered
     program: Program
     weight_bytes: Mapping[str, int]  # of each parameter
@@ -100,14 +103,15 @@ def analyse(module: fx.GraphModule, example_inputs: Sequence[Any], options: Opti
     graph = passes.capture.capture(module, example_inputs)
     graph = replace(graph, kept={**graph.kept, **passes.storage.written_parameters(graph)})
     log.debug("capture: %d nodes, %d linears", len(module.graph.nodes), len(graph.linears))
-    groups = passes.propagate.propagate(graph, example_inputs)
+    rows = passes.propagate.spread(graph, example_inputs)
+    groups = passes.groups.gather(rows)
     free = sum(group.free for group in groups.groups)
     log.debug("propagate: %d groups, %d of them free", len(groups.groups), free)
     lowered = passes.lower.lower(graph.module, routes(graph, options), options.format)
     log.debug("lower: %d weights wanted packed", len(lowered.packed))
     program = _program(graph, groups, lowered, example_inputs)
     sizes = {name: example_inputs[i].nbytes for i, name in program.parameters.items()}
-    return Analysis(graph, lowered, program, sizes)
+    return Analysis(graph, rows, lowered, program, sizes)
 
 
 def routes(graph: passes.capture.Graph, options: Options) -> dict[str, str]:
@@ -222,35 +226,15 @@ def _dump(dump: Dump, analysis: Analysis) -> None:
     if dump.folder is None:
         return
     names = analysis.graph.parameters
+    packed = {
+        f"{node}{field}": f"{name}.{field}"
+        for node, name in names.items()
+        for field in passes.lower.FIELDS
+    }
     dump.write("00_capture", show(analysis.graph.module, names))
     dump.write("01_groups", show(analysis.program.needs.groups))
-    dump.write("05_lowered", show(analysis.lowered.module, names))
-
-
-def _is_whole_model() -> bool:
-    """Whether Dynamo sees all of the user's call in one graph: no break, no enclosing frame.
-
-    Where Dynamo's internals cannot tell, the answer is no: a part of a model may hold no linear.
-    """
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    try:
-        tx: Any = InstructionTranslator.current_tx()
-        broken = tx.output.compile_subgraph_reason.graph_break
-        resumed = tx.f_code.co_name.startswith("torch_dynamo_resume_in")
-    except AttributeError:
-        return False
-    return not broken and not resumed and not _called_by_a_compiled_frame()
-
-
-def _called_by_a_compiled_frame() -> bool:
-    """Between Dynamo's entry and its compiler the stack holds a frame that is not torch's own."""
-    frame, below = sys._getframe(), []
-    while frame is not None and frame.f_code.co_name != "compile_wrapper":
-        below.append(frame.f_code.co_filename)
-        frame = frame.f_back  # type: ignore[assignment]
-    ours = ("/torch/", "/pq_compile/", "/passes/")
-    return not all(any(part in name for part in ours) for name in below)
+    dump.write("01_pins", passes.constraints.every_pin(analysis.rows))
+    dump.write("05_lowered", show(analysis.lowered.module, {**names, **packed}))
 
 
 __all__ = ["PASSES", "ops", "permuquant"]
