@@ -47,6 +47,15 @@ log = logging.getLogger(__name__)
 # per function would silently leave the ninth uncompiled.
 torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
 
+# A released weight must fail its guards, so that its graph is compiled anew; these shortcuts, on in
+# some versions, look at the dict that holds a parameter and not at the parameter.
+for shortcut in (
+    "use_recursive_dict_tags_for_guards",
+    "skip_tensor_guards_with_matching_dict_tags",
+):
+    if hasattr(torch._dynamo.config, shortcut):
+        setattr(torch._dynamo.config, shortcut, False)
+
 PASSES = Passes(
     observer=passes.calibrate.Observer,
     merge=passes.propagate.merge,

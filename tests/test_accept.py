@@ -413,7 +413,7 @@ def test_nothing_to_quantise_is_a_sentence_with_reasons() -> None:
     kept = {"other": "its weight is read by torch.cumsum"}
     assert re.search(
         r"nothing .*x_embedder: an embedder .*norm_out\.linear: .*; tiny: its 512 weights "
-        r"are fewer than 4,096; and 1 more\).*format 'none'",
+        r"are fewer than 4,096; and 1 more\).*loosen the option skip",
         nothing_to_quantise(linears, kept, PERMUQUANT) or "",
     )
     assert "it holds no linear" in (nothing_to_quantise([], {}, PERMUQUANT) or "")

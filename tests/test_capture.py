@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from passes.capture import TAG, capture, user_path
-from tests.graphs import trace
+from passes.propagate import random_orders
+from tests.graphs import relative_error, trace
 from tests.toys import TOYS, Net, linear, tokens
 
 
@@ -159,9 +160,13 @@ def test_a_view_that_loses_track_of_a_parameter_is_none() -> None:
     def run(x: Tensor) -> Any:
         return down(torch.vmap(torch.sin)(up(x)))
 
-    lost = trace(run, tokens()).graph
-    assert lost.view is None
-    assert lost.view_error == "a graph that could not be traced to ATen past node batched_outputs"
+    lost = trace(run, tokens())
+    if lost.graph.view is None:
+        error = "a graph that could not be traced to ATen past node batched_outputs"
+        assert lost.graph.view_error == error
+    for seed in range(3):  # older versions of torch do not lose it
+        found = lost.run(random_orders(lost.groups, seed))
+        assert relative_error(found, lost.run()) <= 1e-12
 
 
 def test_a_view_may_lose_track_of_constants() -> None:
@@ -173,7 +178,7 @@ def test_a_view_may_lose_track_of_constants() -> None:
 
     toy = trace(run, tokens())
     assert toy.graph.view is not None
-    assert any("constant" in reason for group in toy.groups.groups for reason in group.pinned_by)
+    assert not any(group.free for group in toy.groups.groups if group.size == 8)
 
 
 def test_rows_of_symbolic_sizes_are_those_of_the_example() -> None:
