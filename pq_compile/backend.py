@@ -47,6 +47,10 @@ log = logging.getLogger(__name__)
 # per function would silently leave the ninth uncompiled.
 torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
 
+# While one thread traces, some versions refuse every compiled call of the others; let those run
+# uncompiled instead, which is the model's own precision.
+torch._dynamo.config.error_on_nested_fx_trace = False
+
 # A released weight must fail its guards, so that its graph is compiled anew; these shortcuts, on in
 # some versions, look at the dict that holds a parameter and not at the parameter.
 for shortcut in (
