@@ -11,9 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.pop("PERMUQUANT_DUMP", None)
+
+# How long an example takes says more of the machine than of the test.
+settings.register_profile("ours", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("ours")
 
 Golden = Callable[[str], None]
 
