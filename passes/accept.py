@@ -58,13 +58,11 @@ def accept(
         weights,
     )
     orders, verdicts = _decide(evidence, unique, options)
-    owners = {leaf: group for group in groups.groups for leaf in group.leaves}
     return Plan(
         recipe=options.recipe,
         format=options.format,
         linears=tuple(
-            _linear_plan(linear, routes[linear.weight], evidence, orders, owners)
-            for linear in unique
+            _linear_plan(linear, routes[linear.weight], evidence, orders) for linear in unique
         ),
         orders=orders,
         verdicts=verdicts,
@@ -179,11 +177,8 @@ def _linear_plan(
     route: tuple[str, str],
     evidence: Evidence,
     orders: Orders,
-    owners: Mapping[int, Group],
 ) -> LinearPlan:
-    segments = evidence.groups.segments.get(linear.input_axis, ())
-    mine = [owners.get(segment.leaf) for segment in segments]
-    moves = any(segment.leaf in orders for segment in segments)
+    group, free, moves = standing(linear, evidence.groups, orders)
     before = after = None
     if evidence.can_judge(linear):
         before, *moved = evidence.errors(linear, "held_out", [{}, orders] if moves else [{}])
@@ -192,13 +187,22 @@ def _linear_plan(
         linear=linear,
         route=route[0],
         reason=route[1],
-        group=next((group.name for group in mine if group), None),
-        free=bool(mine) and all(group is not None and group.free for group in mine),
+        group=group,
+        free=free,
         accepted=moves,
         error_before=before,
         error_after=after,
         bits_per_weight=_bits(linear, route[0], evidence),
     )
+
+
+def standing(linear: Linear, groups: Groups, orders: Orders) -> tuple[str | None, bool, bool]:
+    """Of its input axis: the first group, whether all are free, whether an order moves it."""
+    leaves = [segment.leaf for segment in groups.segments.get(linear.input_axis, ())]
+    mine = [groups.owners.get(leaf) for leaf in leaves]
+    name = next((group.name for group in mine if group), None)
+    free = bool(mine) and all(group is not None and group.free for group in mine)
+    return name, free, any(leaf in orders for leaf in leaves)
 
 
 def _bits(linear: Linear, route: str, evidence: Evidence) -> float | None:

@@ -56,7 +56,7 @@ def scores(
     axis, its channels' moments are summed over the places.
     """
     moments = _moments(group, groups, linears, stats, weights)
-    return {leaf: a**alpha * w ** (1 - alpha) for leaf, (a, w) in moments.items()}
+    return _scored(moments, alpha)
 
 
 def candidates(
@@ -71,13 +71,15 @@ def candidates(
     moments = _moments(group, groups, linears, stats, weights)
     return {
         alpha: {
-            leaf: Permutation.of(
-                (a**alpha * w ** (1 - alpha)).argsort(descending=True, stable=True)
-            )
-            for leaf, (a, w) in moments.items()
+            leaf: Permutation.of(score.argsort(descending=True, stable=True))
+            for leaf, score in _scored(moments, alpha).items()
         }
         for alpha in alphas
     }
+
+
+def _scored(moments: Moments, alpha: float) -> dict[int, Tensor]:
+    return {leaf: a**alpha * w ** (1 - alpha) for leaf, (a, w) in moments.items()}
 
 
 def _moments(

@@ -10,19 +10,20 @@ from dataclasses import replace
 
 from pq_compile.plan import Group, Groups, LinearPlan, Orders, Plan, Verdict
 
+from .accept import standing
+
 GIVEN_UP = "given up: a graph seen after freezing does not allow the order"
 
 
 def revise(plan: Plan, groups: Groups, orders: Orders) -> Plan:
     """``plan`` with the orders still in force, and verdicts and linears that say so."""
     moving = {leaf: order for leaf, order in orders.items() if not order.is_identity}
-    owners = {leaf: group for group in groups.groups for leaf in group.leaves}
     old = {verdict.group: verdict for verdict in plan.verdicts}
     return replace(
         plan,
         orders=moving,
         verdicts=tuple(_verdict(group, old.get(group.name), moving) for group in groups.groups),
-        linears=tuple(_linear(one, groups, owners, moving) for one in plan.linears),
+        linears=tuple(_linear(one, groups, moving) for one in plan.linears),
     )
 
 
@@ -36,15 +37,7 @@ def _verdict(group: Group, old: Verdict | None, orders: Orders) -> Verdict:
     return replace(old, accepted=moves)
 
 
-def _linear(
-    planned: LinearPlan, groups: Groups, owners: dict[int, Group], orders: Orders
-) -> LinearPlan:
-    leaves = [segment.leaf for segment in groups.segments.get(planned.linear.input_axis, ())]
-    moves = any(leaf in orders for leaf in leaves)
-    return replace(
-        planned,
-        group=owners[leaves[0]].name if leaves else None,
-        free=bool(leaves) and all(owners[leaf].free for leaf in leaves),
-        accepted=moves,
-        error_after=planned.error_after if moves else planned.error_before,
-    )
+def _linear(planned: LinearPlan, groups: Groups, orders: Orders) -> LinearPlan:
+    group, free, moves = standing(planned.linear, groups, orders)
+    after = planned.error_after if moves else planned.error_before
+    return replace(planned, group=group, free=free, accepted=moves, error_after=after)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 from torch import Tensor
@@ -60,8 +61,10 @@ class Groups:
     segments: Mapping[Axis, tuple[Segment, ...]]
     groups: tuple[Group, ...]
 
-    def group_of(self, leaf: int) -> Group:
-        return next(group for group in self.groups if leaf in group.leaves)
+    @cached_property
+    def owners(self) -> Mapping[int, Group]:
+        """Leaf -> its group."""
+        return {leaf: group for group in self.groups for leaf in group.leaves}
 
 
 @dataclass(frozen=True)

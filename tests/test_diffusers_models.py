@@ -105,13 +105,13 @@ def test_a_moved_parameter_left_unpermuted_changes_the_output(name: str) -> None
 
 def test_flux_has_one_residual_stream_and_a_permutation_per_head() -> None:
     groups = traced("flux").groups
-    stream = groups.group_of(groups.segments[Axis("x_embedder.weight", 0)][0].leaf)
+    stream = groups.owners[groups.segments[Axis("x_embedder.weight", 0)][0].leaf]
     assert stream.free
     assert Axis("context_embedder.weight", 0) in stream.axes
     assert Axis("single_transformer_blocks.0.proj_mlp.weight", 1) in stream.axes
     single = groups.segments[Axis("single_transformer_blocks.0.proj_out.weight", 1)]
     assert [segment.size for segment in single] == [16, 16, 128]
-    assert all(groups.group_of(segment.leaf).free for segment in single)
+    assert all(groups.owners[segment.leaf].free for segment in single)
 
 
 @pytest.mark.slow

@@ -46,7 +46,7 @@ def pins(name: str, axis: str) -> set[str]:
     parameter, _, dim = axis.rstrip("]").rpartition("[")
     groups = traced(name).groups
     segments = groups.segments[Axis(parameter, int(dim))]
-    return {reason for one in segments for reason in groups.group_of(one.leaf).pinned_by}
+    return {reason for one in segments for reason in groups.owners[one.leaf].pinned_by}
 
 
 @pytest.mark.parametrize("name", TOYS)
@@ -100,7 +100,7 @@ def test_groups_partition_the_axes(name: str) -> None:
     for axis, segments in groups.segments.items():
         assert sum(segment.size for segment in segments) == sizes[axis]
         for segment in segments:
-            group = groups.group_of(segment.leaf)
+            group = groups.owners[segment.leaf]
             assert axis in group.axes
             assert group.size == segment.size
     leaves = [leaf for group in groups.groups for leaf in group.leaves]
@@ -213,7 +213,7 @@ def test_concatenated_inputs_are_free_segment_by_segment() -> None:
     groups = traced("concatenated_inputs").groups
     segments = groups.segments[Axis("out.weight", 1)]
     assert [segment.size for segment in segments] == [4, 4, 12]
-    assert all(groups.group_of(segment.leaf).free for segment in segments)
+    assert all(groups.owners[segment.leaf].free for segment in segments)
 
 
 def test_channels_move_within_their_norm_group() -> None:
@@ -275,7 +275,7 @@ def test_the_module_of_a_culprit_is_named() -> None:
 
     model = Net(run, up=linear(), blocks=nn.ModuleList([Odd()]), down=linear())
     (segment,) = (toy := trace(model, tokens())).groups.segments[Axis("up.weight", 0)]
-    reasons = toy.groups.group_of(segment.leaf).pinned_by
+    reasons = toy.groups.owners[segment.leaf].pinned_by
     assert reasons == ("aten.cumsum (node cumsum, in blocks.0)",)
 
 

@@ -357,7 +357,7 @@ def test_one_op_between_two_linears(name: str) -> None:
 
     found = trace(model, torch.randn(2, 3, 8).double())
     between = [row for row in found.groups.segments.values() if sum(s.size for s in row) == 12]
-    free = {found.groups.group_of(one.leaf).free for row in between for one in row}
+    free = {found.groups.owners[one.leaf].free for row in between for one in row}
     assert free == {name in FREE}, show(found.groups)
     assert "its rule failed" not in " ".join(show(found.groups).split())
     orders = random_orders(found.groups, 0)
