@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -20,11 +20,10 @@ from pq_compile.formats import FORMATS, Format
 FIELDS = ("packed", "scales", "tensor_scale")
 
 
-@dataclass(frozen=True)
-class Source:
-    """An input of the lowered graph is argument ``index``, or a packed field of it."""
+class Source(NamedTuple):
+    """An input of the lowered graph is ``argument``, or a packed field of it."""
 
-    index: int
+    argument: int
     field: int | None = None  # index into FIELDS
 
 
@@ -90,7 +89,7 @@ def example_inputs(
     """Inputs to compile the lowered graph with: Dynamo's own, and fake packed tensors."""
     fakes = {i: fake_packed(given[i], FORMATS[format_name], mode) for i in lowered.packed}
     return [
-        given[source.index] if source.field is None else fakes[source.index][source.field]
+        given[source.argument] if source.field is None else fakes[source.argument][source.field]
         for source in lowered.sources
     ]
 

@@ -25,6 +25,7 @@ import passes.groups
 import passes.lower
 import passes.policy
 import passes.propagate
+import passes.reorder
 import passes.revise
 import passes.storage
 
@@ -34,7 +35,7 @@ from .errors import Refused
 from .frames import is_whole_model
 from .needs import Needs
 from .options import Options
-from .plan import Groups, Linear
+from .plan import Groups
 from .released import releasable
 from .runtime import CompiledGraph, Program, Site
 from .show import show
@@ -183,22 +184,16 @@ def _program(
         for i, node in enumerate(placeholders)
         if i not in parameters and isinstance(example_inputs[i], Tensor)
     }
-    dense = {source.index for source in lowered.sources if source.field is None}
+    dense = {source.argument for source in lowered.sources if source.field is None}
     needs = Needs(
         groups,
-        unique(graph.linears),
+        passes.reorder.one_per_weight(graph.linears),
         graph.kept,
         frozenset(parameters[i] for i in lowered.packed),
         frozenset(name for i, name in parameters.items() if i in dense),
     )
-    sources = tuple((source.index, source.field) for source in lowered.sources)
     sites = _sites(graph, lowered)
-    return Program(graph.module, lowered.module, sources, parameters, inputs, sites, needs)
-
-
-def unique(linears: Sequence[Linear]) -> tuple[Linear, ...]:
-    """One linear per weight: the first that reads it."""
-    return tuple({linear.weight: linear for linear in reversed(linears)}.values())[::-1]
+    return Program(graph.module, lowered.module, lowered.sources, parameters, inputs, sites, needs)
 
 
 def _sites(graph: passes.capture.Graph, lowered: passes.lower.Lowered) -> tuple[Site, ...]:

@@ -59,7 +59,7 @@ class Program:
 
 @dataclass
 class Binding:
-    """The parameters one graph is run with. ``flat`` holds what does not change between calls."""
+    """The parameters one graph is run with, and what serves in their place."""
 
     unit: Unit
     names: Mapping[int, str]  # argument -> the unit's name

@@ -28,6 +28,7 @@ def section(unit: Unit, user_names: Mapping[int, str]) -> Section:
     plan = unit.plan or dry_plan(unit.passes, unit.needs, unit.options)
     plan = plan.renamed(names, renamed)
     tensors = {names[name]: tensor for name, tensor in tensors.items()}
+    memory = unit.memory()
     return Section(
         plan=plan,
         groups=needs.groups,
@@ -35,9 +36,9 @@ def section(unit: Unit, user_names: Mapping[int, str]) -> Section:
         scheme=scheme(unit.options),
         calibration_calls=unit.calls,
         weight_bytes_before=sum(tensor.nbytes for tensor in tensors.values()),
-        weight_bytes_after=sum(unit.memory().values()),
+        weight_bytes_after=sum(memory.values()),
         seconds=unit.seconds,
-        memory=unit.memory(),
+        memory=memory,
         kernels={one.linear.name: kernel_of(one, tensors, unit.options) for one in plan.linears},
         warnings=unit.notes,
     )

@@ -41,16 +41,17 @@ def dump_frozen(unit: Unit, statistics: Mapping[str, Statistics]) -> None:
     dump.write("02_statistics", show(statistics))
     dump.write("03_plan", show(unit.plan))
     dump.write("04_folded", "\n".join(_folded(groups, unit.plan.orders, unit.served())) + "\n")
+    tensors = unit.parameters()
     for planned in unit.plan.linears:
-        for spec in _specs(planned, unit):
+        for spec in _specs(planned, tensors.get(planned.linear.weight), unit.options.format):
             dump.kernel(str(spec), source(spec))
     report = Report((section(unit, {}),), unit.options)
     report.to_html(dump.folder / f"{dump.prefix}report.html")
 
 
-def _specs(planned: LinearPlan, unit: Unit) -> Sequence[KernelSpec]:
+def _specs(planned: LinearPlan, weight: Tensor | None, format: str) -> Sequence[KernelSpec]:
     """The kernels that this linear runs on its device."""
-    one, weight = planned.linear, unit.parameters().get(planned.linear.weight)
+    one = planned.linear
     if planned.route == "keep" or weight is None:
         return ()
     shape: dict[str, Any] = {
@@ -58,7 +59,7 @@ def _specs(planned: LinearPlan, unit: Unit) -> Sequence[KernelSpec]:
         "n": one.out_features,
         "bias": one.bias is not None,
     }
-    how = (unit.options.format, planned.route, one.rows)
+    how = (format, planned.route, one.rows)
     return specs(weight.device, *how, dtype=weight.dtype, **shape)
 
 

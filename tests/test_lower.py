@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -15,14 +15,9 @@ from pq_compile import ops
 from pq_compile.formats import FORMATS, NVFP4
 from pq_compile.show import show
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 assert ops.SCHEMES
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 class Gated(nn.Module):
@@ -84,14 +79,14 @@ def test_without_routes_nothing_changes() -> None:
     lowered = lower(module, {}, "nvfp4")
     assert show(lowered.module) == show(module)
     assert not lowered.packed
-    assert [source.index for source in lowered.sources] == list(range(len(lowered.sources)))
+    assert [source.argument for source in lowered.sources] == list(range(len(lowered.sources)))
 
 
 def test_a_weight_that_something_else_reads_stays_an_input_beside_its_packed_form() -> None:
     module = captured(Tied(), torch.tensor([[1, 2, 3]]))
     lowered = lower(module, routes_of(module), "nvfp4")
     (weight,) = lowered.packed
-    fields = [source.field for source in lowered.sources if source.index == weight]
+    fields = [source.field for source in lowered.sources if source.argument == weight]
     assert fields == [None, 0, 1, 2]
 
 
@@ -127,7 +122,7 @@ def test_the_lowered_graph_goes_through_aot_autograd(dynamic: bool) -> None:
             packed = {i: NVFP4.quantize(args[i]) for i in lowered.packed}
             return compiled(
                 *(
-                    args[s.index] if s.field is None else packed[s.index][s.field]
+                    args[s.argument] if s.field is None else packed[s.argument][s.field]
                     for s in lowered.sources
                 )
             )
