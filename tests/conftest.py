@@ -54,6 +54,14 @@ def golden(request: pytest.FixtureRequest) -> Golden:
     return compare
 
 
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """No graph of another test is reused, and none is left behind."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_network() -> Iterator[None]:
     """A test that reaches beyond this machine fails, wherever it runs."""

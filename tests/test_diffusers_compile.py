@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,17 +10,14 @@ import torch
 from torch import Tensor
 
 import pq_compile
+from tests import tiny_models
 from tests.models import relative_error, served_by_hand
 
 pytest.importorskip("diffusers")
-pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers warns of what it deprecates
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = [
+    pytest.mark.usefixtures("fresh_dynamo"),
+    pytest.mark.filterwarnings("ignore"),  # diffusers warns of what it deprecates
+]
 
 
 CLOSE = 1e-2
@@ -29,28 +25,9 @@ CLOSE = 1e-2
 
 
 def flux() -> tuple[Any, dict[str, Any]]:
-    from diffusers import FluxTransformer2DModel
-
     torch.manual_seed(0)
-    model = FluxTransformer2DModel(
-        in_channels=4,
-        num_layers=2,
-        num_single_layers=3,
-        attention_head_dim=16,
-        num_attention_heads=4,
-        joint_attention_dim=32,
-        pooled_projection_dim=32,
-        axes_dims_rope=(4, 4, 8),
-    )
-    return model.double().requires_grad_(False).eval(), {
-        "hidden_states": torch.randn(2, 16, 4).double(),
-        "encoder_hidden_states": torch.randn(2, 12, 32).double(),
-        "pooled_projections": torch.randn(2, 32).double(),
-        "timestep": torch.tensor([0.3, 0.7]).double(),
-        "img_ids": torch.randn(16, 3).double(),
-        "txt_ids": torch.randn(12, 3).double(),
-        "return_dict": False,
-    }
+    model, given = tiny_models.flux(layers=2, single_layers=3, heads=4)
+    return model.double().requires_grad_(False).eval(), {**given, "return_dict": False}
 
 
 def call(model: Any, given: dict[str, Any]) -> Tensor:

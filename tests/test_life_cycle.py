@@ -7,7 +7,7 @@ import gc
 import io
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -29,14 +29,9 @@ from tests.models import (
     unit_of,
 )
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 Compile = Callable[..., Any]
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def compiled(model: nn.Module, **options: Any) -> Any:

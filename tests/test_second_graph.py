@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,17 +15,13 @@ from tests.models import denoiser, inputs, relative_error, run, served_by_hand, 
 from tests.tiny_models import tiny
 
 pytest.importorskip("diffusers")
-pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers warns of what it deprecates
+pytestmark = [
+    pytest.mark.usefixtures("fresh_dynamo"),
+    pytest.mark.filterwarnings("ignore"),  # diffusers warns of what it deprecates
+]
 
 CLOSE = 1e-6
 """FLUX turns queries and keys to fp32 for the rotary embedding, whatever the model's precision."""
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def reordered(model: nn.Module, **options: Any) -> Any:

@@ -15,7 +15,7 @@ def _float(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64)
 
 
-def flux(layers: int = 1, single_layers: int = 1) -> Tiny:
+def flux(layers: int = 1, single_layers: int = 1, heads: int = 2) -> Tiny:
     from diffusers import FluxTransformer2DModel
 
     model = FluxTransformer2DModel(
@@ -24,7 +24,7 @@ def flux(layers: int = 1, single_layers: int = 1) -> Tiny:
         num_layers=layers,
         num_single_layers=single_layers,
         attention_head_dim=16,
-        num_attention_heads=2,
+        num_attention_heads=heads,
         joint_attention_dim=32,
         pooled_projection_dim=32,
         axes_dims_rope=(4, 4, 8),
