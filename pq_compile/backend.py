@@ -30,6 +30,7 @@ import passes.revise
 import passes.storage
 
 from . import ops  # registers the operators of the lowered graph
+from .compiling import compile_lowered
 from .dump import Dump
 from .errors import Refused
 from .frames import is_whole_model
@@ -97,7 +98,8 @@ def permuquant(
     _dump(numbered(parsed.dump, "graph"), analysis)
     compiled = None
     if not _releases_later(analysis, example_inputs, parsed):
-        compiled = _compile(analysis.lowered, example_inputs, parsed, mode)
+        inputs = _lowered_inputs(analysis, example_inputs, parsed)
+        compiled = compile_lowered(analysis.program, inputs, parsed, mode)
     return CompiledGraph(analysis.program, parsed, PASSES, compiled)
 
 
@@ -209,25 +211,13 @@ def _sites(graph: passes.capture.Graph, lowered: passes.lower.Lowered) -> tuple[
     return tuple(Site(node, tuple(dict.fromkeys(weights))) for node, weights in readers.items())
 
 
-def _compile(
-    lowered: passes.lower.Lowered,
-    example_inputs: Sequence[Any],
-    options: Options,
-    mode: str | None,
-) -> Callable[..., Any]:
-    """The lowered graph through Inductor on a GPU; on a CPU it runs as it is, by the reference."""
-    tensors = [value for value in example_inputs if isinstance(value, Tensor)]
-    if not any(tensor.is_cuda for tensor in tensors):
-        return lowered.module
-    from torch._inductor import list_mode_options
-    from torch._inductor.compile_fx import compile_fx
-
+def _lowered_inputs(
+    analysis: Analysis, example_inputs: Sequence[Any], options: Options
+) -> list[Any]:
+    """One per input of the lowered graph: Dynamo's own, and fake packed tensors."""
     context = torch._guards.TracingContext.try_get()
-    fakes = passes.lower.example_inputs(
-        lowered, example_inputs, options.format, context.fake_mode if context else None
-    )
-    patches = list_mode_options(mode) if mode else None
-    return compile_fx(lowered.module, fakes, config_patches=patches)  # type: ignore[return-value]
+    mode = context.fake_mode if context else None
+    return passes.lower.example_inputs(analysis.lowered, example_inputs, options.format, mode)
 
 
 def _dump(dump: Dump, analysis: Analysis) -> None:

@@ -275,9 +275,9 @@ def test_a_graph_is_compiled_once_none_of_its_weights_is_yet_to_be_released(
 
     def compile_(lowered: Any, *rest: Any) -> Any:
         compilations.append(len(seen))
-        return lowered.module
+        return lowered.lowered
 
-    monkeypatch.setattr(backend, "_compile", compile_)
+    monkeypatch.setattr(backend, "compile_lowered", compile_)
     fast, seen = compiled(model), list[Tensor]()
     seen += (run(fast, torch.randn(2, 3, 64)) for _ in range(3))
     assert compilations == [0 if len(slices) == 2 else 1]
