@@ -1,0 +1,302 @@
+"""The text of the kernels of a row program, generated step by step.
+
+A program instance holds whole rows in registers, a row at a time: a row of 3072 channels is a chunk
+of 2048 and one of 1024, so that no lane is idle. What depends on the sample alone is computed once,
+before the loop over rows. NVFP4 needs the largest magnitude of all rows before the first code can
+be written, so its programs run twice, first for the peak.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal, NamedTuple
+
+import torch
+
+from . import templates
+from .rows import FOLD, OPS, SMALLEST_PEAK, Program
+
+Phase = Literal["once", "peak", "codes"]
+TYPES = {torch.float16: "tl.float16", torch.bfloat16: "tl.bfloat16", torch.float32: "tl.float32"}
+NARROWEST = 128
+"""Channels below which a chunk is not split further but masked."""
+
+ENCODE_FP8 = {
+    True: '''
+@triton.jit
+def encode_fp8(x):
+    """float32 -> e4m3 codes by the conversion instruction: nearest, ties to even, 448 at most."""
+    return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+''',
+    False: '''
+@triton.jit
+def encode_fp8(x):
+    """float32 -> e4m3 codes: nearest, ties to even, 448 at most; NaN becomes 0x7F."""
+    sign = (x.to(tl.int32, bitcast=True) >> 24) & 0x80
+    code = tl.where(x == x, encode_e4m3(tl.abs(x)), 0x7F)
+    return (code | sign).to(tl.uint8)
+''',
+}
+
+ROUND_E2M1 = '''
+@triton.jit
+def round_e2m1(x):
+    """float32 -> the nearest of 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives, ties to even."""
+    x = tl.minimum(tl.maximum(x, -6.0), 6.0)
+    size = tl.abs(x)
+    magic = tl.where(size < 2.0, 6291456.0, tl.where(size < 4.0, 12582912.0, 25165824.0))
+    return (x + magic) - magic
+'''
+
+SCALE_OF_GROUPS = '''
+@triton.jit
+def scale_of_groups(groups, tensor_scale):
+    """Groups [G, 16] -> their e4m3 codes [G], the scales, and the groups over scale and tensor
+    scale; 0 where the scale is 0 or NaN."""
+    bits = tl.max(groups.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
+    reciprocal = tl.div_rn(1.0, 6.0 * tensor_scale)
+    code = encode_e4m3(bits.to(tl.float32, bitcast=True) * reciprocal)
+    code = tl.where(bits >= 0x7F800000, 0x7F, code)
+    scale = decode_e4m3(code).to(tl.float32)
+    dead = (code == 0x7F) | (code == 0)
+    inverse = tl.div_rn(tl.div_rn(1.0, tensor_scale), tl.where(dead, 1.0, scale))
+    scaled = groups * tl.where(dead, 0.0, inverse)[:, None]
+    return code, scale, tl.where(scaled == scaled, scaled, 0.0)
+'''
+
+FINITE_PEAK = '''
+@triton.jit
+def finite_peak(groups):
+    """The bits of the largest magnitude in groups [G, 16] without a NaN or an infinity."""
+    bits = tl.max(groups.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
+    return tl.max(tl.where(bits < 0x7F800000, bits, 0), 0)
+'''
+
+
+class Chunk(NamedTuple):
+    """``size`` channels from ``start``, a power of two; only the first ``valid`` lie in the row."""
+
+    start: int
+    size: int
+    valid: int
+
+    @property
+    def masked(self) -> bool:
+        return self.valid < self.size
+
+
+@cache
+def chunks(width: int) -> tuple[Chunk, ...]:
+    """Powers of two that cover ``width``: at most four, the last of them masked if need be."""
+    found: list[Chunk] = []
+    start = 0
+    while start < width:
+        rest = width - start
+        size = 1 << (rest.bit_length() - 1)
+        if size != rest and (size < NARROWEST or len(found) == 3):
+            size *= 2
+        found.append(Chunk(start, size, min(size, rest)))
+        start += size
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class RowKernel:
+    """All that the text of a kernel depends on, and how it is launched."""
+
+    program: Program
+    phase: Phase
+    rows: int = 4  # of one sample, one after the other, by one program instance
+    warps: int = 4
+    instruction: bool = False  # convert to e4m3 by instruction, which sm_89 and later have
+
+    @property
+    def name(self) -> str:
+        return f"rows_{self.program.target}" + ("_peak" if self.phase == "peak" else "")
+
+
+def source(kernel: RowKernel) -> str:
+    """The text of ``kernel``: a pure function."""
+    program = kernel.program
+    helpers = templates.TENSOR_SCALE + templates.ENCODE_E4M3 + ENCODE_FP8[kernel.instruction]
+    if program.target.startswith("nvfp4"):
+        helpers += templates.DECODE_E4M3 + templates.PACK_INTEGER.format()
+        helpers += ROUND_E2M1 + SCALE_OF_GROUPS + FINITE_PEAK
+    pointers = [f"x{i}, x{i}_b, x{i}_t" for i in range(len(program.inputs))]
+    pointers += [f"kept{i}" for i in range(len(program.kept))] if kernel.phase != "codes" else []
+    pointers += {
+        "once": ["codes", "scales"] if program.target != "none" else [],
+        "peak": ["peak"],
+        "codes": ["peak", "codes", "scales", "tensor"],
+    }[kernel.phase]
+    body = "\n".join("    " + line for line in _body(kernel))
+    return (
+        f"# {program}\n# {kernel.phase}, {kernel.rows} rows a program\n"
+        + templates.HEADER
+        + helpers
+        + f'\n@triton.jit(do_not_specialize=["T"])\ndef {kernel.name}({", ".join(pointers)}, T):\n'
+        + body
+        + "\n"
+    )
+
+
+def _body(kernel: RowKernel) -> Iterator[str]:
+    program = kernel.program
+    yield "sample = tl.program_id(1).to(tl.int64)"
+    yield f"first = tl.program_id(0) * {kernel.rows}"
+    for width in sorted({w for w in program.widths if w > 1}):
+        for c, chunk in enumerate(chunks(width)):
+            yield f"c{width}_{c} = {chunk.start} + tl.arange(0, {chunk.size})"
+    hoisted = _hoisted(program)
+    yield from _values(program, hoisted, "sample * x{0}_b")
+    if kernel.phase == "peak":
+        yield "largest = tl.program_id(0) * 0"
+    if kernel.phase == "codes":
+        yield "tensor_scale = tensor_scale_of(tl.load(peak).to(tl.float32, bitcast=True))"
+        if program.target in ("nvfp4", "nvfp4_half"):
+            yield "tl.store(tensor, tensor_scale)"
+    yield f"for row in range(first, tl.minimum(first + {kernel.rows}, T)):"
+    for line in _row(kernel, [i for i in range(len(program.widths)) if i not in hoisted]):
+        yield "    " + line
+    if kernel.phase == "peak":
+        yield "tl.atomic_max(peak, largest)"
+
+
+def _row(kernel: RowKernel, numbers: Sequence[int]) -> Iterator[str]:
+    program = kernel.program
+    yield "at = row + sample * 0"  # int64
+    yield "index = sample * T + at"
+    yield from _values(program, numbers, "sample * x{0}_b + at * x{0}_t")
+    if kernel.phase != "codes":
+        for i, (value, dtype) in enumerate(program.kept):
+            width = program.widths[value]
+            for c, chunk in enumerate(chunks(width)):
+                mask = f", c{width}_{c} < {width}" if chunk.masked else ""
+                where = f"kept{i} + index * {width} + c{width}_{c}"
+                yield f"tl.store({where}, {_name(program, value, c)}.to({TYPES[dtype]}){mask})"
+    if kernel.phase == "peak":
+        for name, chunk, _ in _parts(program):
+            yield f"largest = tl.maximum(largest, finite_peak({name}.reshape({chunk.size // 16}, 16)))"
+    elif kernel.phase == "codes":
+        yield from _codes(program)
+    elif program.target == "fp8":
+        yield from _fp8(program)
+
+
+def _fp8(program: Program) -> Iterator[str]:
+    """codes = value / scale, scale = largest magnitude / 448, one scale a row."""
+    yield "largest = 0.0"
+    for name, _, _ in _parts(program):
+        yield f"largest = tl.maximum(largest, tl.max(tl.abs({name}), 0))"
+    yield f"scale = tl.div_rn(tl.maximum(largest, {SMALLEST_PEAK!r}), 448.0)"
+    yield "inverse = tl.div_rn(1.0, scale)"
+    yield "tl.store(scales + index, scale)"
+    for name, chunk, at in _parts(program):
+        where = f"codes + index * {program.width} + {at} + tl.arange(0, {chunk.size})"
+        yield f"tl.store({where}, encode_fp8({name} * inverse){_inside(chunk)})"
+
+
+def _codes(program: Program) -> Iterator[str]:
+    """NVFP4 by the scale of the whole tensor: packed, or multiplied out to 8 or 16 bits."""
+    if program.target == "nvfp4_fp8":
+        yield "tl.store(scales + index, 6.0 * tensor_scale)"
+    for name, chunk, at in _parts(program):
+        size = chunk.size
+        yield f"groups = {name}.reshape({size // 16}, 16)"
+        yield "code, scale, scaled = scale_of_groups(groups, tensor_scale)"
+        if program.target == "nvfp4":
+            yield f"even, odd = tl.split(scaled.reshape({size // 2}, 2))"
+            for to, what, each in (("codes", "pack(even, odd)", 2), ("scales", "code", 16)):
+                where = f"index * {program.width // each} + {at // each}"
+                where += f" + tl.arange(0, {size // each})"
+                mask = _inside(chunk, each)
+                yield f"tl.store({to} + {where}, {what}.to(tl.uint8){mask})"
+            continue
+        if program.target == "nvfp4_fp8":
+            yield f"value = encode_fp8(round_e2m1(scaled) * (scale * {FOLD!r})[:, None])"
+        else:
+            yield "value = (round_e2m1(scaled) * scale[:, None]).to(tl.bfloat16)"
+        where = f"codes + index * {program.width} + {at} + tl.arange(0, {size})"
+        yield f"tl.store({where}, value.reshape({size}){_inside(chunk)})"
+
+
+def _inside(chunk: Chunk, each: int = 1) -> str:
+    """The mask of a store of one number for ``each`` channels of ``chunk``."""
+    if not chunk.masked:
+        return ""
+    return f", tl.arange(0, {chunk.size // each}) < {chunk.valid // each}"
+
+
+def _parts(program: Program) -> Iterator[tuple[str, Chunk, int]]:
+    """The chunks that are quantised: name, chunk, and the channel of the output it begins at."""
+    at = 0
+    for part in program.parts:
+        width = program.widths[part]
+        for c, chunk in enumerate(chunks(width)):
+            name = _name(program, part, c)
+            if chunk.masked:
+                name = f"tl.where(c{width}_{c} < {width}, {name}, 0.0)"
+            yield name, chunk, at + chunk.start
+        at += width
+
+
+# ---------------------------------------------------------------- values
+
+
+def _hoisted(program: Program) -> list[int]:
+    """The values that all rows of a sample share."""
+    shared = [kind == "sample" for kind, _ in program.inputs]
+    for _, args in program.steps:
+        shared.append(all(shared[a] for a in args if type(a) is int))
+    return [i for i, yes in enumerate(shared) if yes]
+
+
+def _name(program: Program, value: int, chunk: int) -> str:
+    return f"v{value}" if program.widths[value] == 1 else f"v{value}_{chunk}"
+
+
+def _values(program: Program, numbers: Sequence[int], offset: str) -> Iterator[str]:
+    """Statements that load and compute the values of these numbers, in order."""
+    for number in numbers:
+        width = program.widths[number]
+        if number >= len(program.inputs):
+            yield from _step(program, number)
+            continue
+        for c, chunk in enumerate(chunks(width)):
+            mask = f", c{width}_{c} < {width}, other=0.0" if chunk.masked else ""
+            at = f"x{number} + {offset.format(number)} + c{width}_{c}"
+            yield f"v{number}_{c} = tl.load({at}{mask}).to(tl.float32)"
+
+
+def _step(program: Program, number: int) -> Iterator[str]:
+    op, args = program.steps[number - len(program.inputs)]
+    if OPS[op].text:
+        for c in range(len(chunks(program.widths[number]))):
+            given = [_name(program, a, c) if type(a) is int else repr(a) for a in args]
+            yield f"{_name(program, number, c)} = {OPS[op].text.format(*given)}"
+        return
+    source, width = int(args[0]), program.widths[int(args[0])]
+    names = [f"v{source}_{c}" for c in range(len(chunks(width)))]
+    masks = [f"c{width}_{c} < {width}" if k.masked else "" for c, k in enumerate(chunks(width))]
+    if op == "layer_norm":
+        yield f"mean = {_sum(names, masks)} * {1.0 / width!r}"
+        for c, name in enumerate(names):
+            yield f"v{number}_{c} = {name} - mean"
+        names = [f"v{number}_{c}" for c in range(len(names))]
+    squares = [f"{name} * {name}" for name in names] if op != "mean" else names
+    yield f"mean = {_sum(squares, masks)} * {1.0 / width!r}"
+    if op == "mean":
+        yield f"v{number} = mean"
+        return
+    for c, name in enumerate(names):
+        yield f"v{number}_{c} = {name} * tl.rsqrt(mean + {args[1]!r})"
+
+
+def _sum(names: Sequence[str], masks: Sequence[str]) -> str:
+    inside = [
+        f"tl.sum(tl.where({mask}, {name}, 0.0), 0)" if mask else f"tl.sum({name}, 0)"
+        for name, mask in zip(names, masks, strict=True)
+    ]
+    return f"({' + '.join(inside)})"
