@@ -85,12 +85,13 @@ class Maker:
                     discard_backup(tensor)
 
     def _pack(self, name: str, weight: Tensor) -> tuple[Tensor, ...]:
-        if not bool(torch.isfinite(weight).all()):
+        format_ = FORMATS[self.options.format]
+        packed = format_.quantize_by_rows(format_.pad(weight))
+        if not bool(packed[1].to(torch.float32).isfinite().all()):  # the scales say it
             raise Refused(
                 f"permuquant: the weight {name} holds NaN or Inf; load its real values first"
             )
-        format_ = FORMATS[self.options.format]
-        return format_.quantize(format_.pad(weight))
+        return packed
 
     def _may_release(self, tensor: Tensor) -> bool:
         return self.options.release_weights != "keep" and releasable(tensor)

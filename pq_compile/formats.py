@@ -22,6 +22,8 @@ hardware that flushes subnormals agrees with hardware that does not."""
 
 SMALLEST_SCALE = 2.0**-126
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+CHUNK = 1 << 21
+"""Elements that ``quantize_by_rows`` has in fp32 at a time; each takes under 32 bytes meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,29 @@ class Format:
         scales, tensor_scale = self.scales(x)
         elements = self.elements(x, scales, tensor_scale)
         return self.pack(elements), scales.to(self.scale_dtype), tensor_scale
+
+    def quantize_by_rows(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``quantize(x)``, bit for bit, a few rows at a time, for a weight that fills its device.
+
+        Beside the result and ``x`` it holds 64 MiB, or what one row takes. The tensor scale is a
+        rounded quotient and a floor of the peak, both monotone, so the largest of the chunks'
+        tensor scales is that of the whole.
+        """
+        self._check(x)
+        if x.numel() <= CHUNK:
+            return self.quantize(x)
+        k = x.shape[-1]
+        step = max(1, CHUNK // k)
+        chunks = torch.split(x.reshape(-1, k), step)
+        tensor_scale = torch.stack([self.scales(rows)[1] for rows in chunks]).amax()
+        packed = x.new_empty((*x.shape[:-1], k * self.bits // 8), dtype=torch.uint8)
+        scales = x.new_empty((*x.shape[:-1], k // self.group), dtype=self.scale_dtype)
+        into = (torch.split(out.view(-1, out.shape[-1]), step) for out in (packed, scales))
+        for rows, codes, rounded in zip(chunks, *into, strict=True):
+            exact, _ = self.scales(rows, tensor_scale)
+            codes.copy_(self.pack(self.elements(rows, exact, tensor_scale)))
+            rounded.copy_(exact)
+        return packed, scales, tensor_scale
 
     def dequantize(self, packed: Tensor, scales: Tensor, tensor_scale: Tensor) -> Tensor:
         """Fp32 [..., K]: ``(element * scale) * tensor_scale``, rounded once at NVFP4 and MXFP4."""
