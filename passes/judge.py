@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pq_compile.formats import Format
-from pq_compile.permutation import Permutation
-from pq_compile.plan import Groups, Linear, Orders, Statistics, axis_order
+from pq_compile.plan import Groups, Linear, Orders, Statistics
 
 OUTPUTS = 512
 """Output channels of a weight that errors are taken over, evenly spaced."""
@@ -51,41 +51,51 @@ class Evidence:
             quantise_rows=self.routes[linear.weight] == "w4a4",
         )
 
-    def order(self, linear: Linear, orders: Orders) -> Permutation | None:
-        """Of its input channels; None where none of them moves."""
+    def order(self, linear: Linear, orders: Orders) -> Tensor | None:
+        """Of its input channels, int64 [K] on the CPU; None where none of them moves."""
         segments = self.groups.segments.get(linear.input_axis, ())
         if not any(segment.leaf in orders for segment in segments):
             return None
-        return axis_order(linear.input_axis, self.groups, orders)
+        channels, start = np.empty(linear.in_features, np.int64), 0
+        for leaf, size in segments:
+            order = orders[leaf].order if leaf in orders else range(size)
+            channels[start : start + size] = np.fromiter(order, np.int64, size) + start
+            start += size
+        return torch.from_numpy(channels)
 
 
 def output_errors(
     rows: Tensor,
     weight: Tensor,
-    orders: Sequence[Permutation | None],
+    orders: Sequence[Tensor | None],
     format: Format,
     *,
     quantise_rows: bool,
 ) -> list[float]:
-    """The error under each order (None: as it stands) of ``rows`` [R, K] through ``weight`` [N, K].
+    """The error under each order of ``rows`` [R, K] through ``weight`` [N, K].
 
-    In fp32, or in fp64 if both operands are; on the weight's device; over at most ``OUTPUTS``
-    evenly spaced output channels; tensor scales are those of the operands given. Operands whose
-    output is exactly zero have the error 0.
+    An order is int64 [K], the channel that each position holds, or None: as it stands. In fp32,
+    or in fp64 if both operands are; on the weight's device, which is waited for once; over at most
+    ``OUTPUTS`` evenly spaced output channels; tensor scales are those of the operands given.
+    Operands whose output is exactly zero have the error 0.
     """
     dtype = torch.promote_types(torch.promote_types(rows.dtype, weight.dtype), torch.float32)
     if len(weight) > OUTPUTS:
         chosen = torch.arange(OUTPUTS, device=weight.device) * len(weight) // OUTPUTS
         weight = weight.index_select(0, chosen)
     weight = weight.to(dtype)
-    rows = rows.to(weight.device, dtype)
+    rows = rows.to(weight.device).to(dtype)
     exact = rows @ weight.T
-    power = exact.double().square().sum()
 
-    def error(order: Permutation | None) -> float:
-        x, w = (rows, weight) if order is None else (order.apply(rows, 1), order.apply(weight, 1))
+    def energy(order: Tensor | None) -> Tensor:
+        """Of what is lost."""
+        x, w = rows, weight
+        if order is not None:
+            order = order.to(weight.device)
+            x, w = x.index_select(1, order), w.index_select(1, order)
         x = format.fake(format.pad(x)) if quantise_rows else format.pad(x)
-        lost = (x @ format.fake(format.pad(w)).T).sub_(exact)
-        return float(lost.double().square().sum() / power) if power != 0 else 0.0
+        return (x @ format.fake(format.pad(w)).T).sub_(exact).double().square().sum()
 
-    return [error(order) for order in orders]
+    power = exact.double().square().sum()
+    total, *lost = torch.stack([power, *map(energy, orders)]).tolist()
+    return [each / total if total else 0.0 for each in lost]

@@ -69,13 +69,14 @@ def candidates(
 ) -> dict[float, Orders]:
     """Alpha -> the order of every leaf that is read: scores descending, ties as they stood."""
     moments = _moments(group, groups, linears, stats, weights)
-    return {
-        alpha: {
-            leaf: Permutation.of(score.argsort(descending=True, stable=True))
-            for leaf, score in _scored(moments, alpha).items()
-        }
-        for alpha in alphas
-    }
+    return {alpha: _sorts(_scored(moments, alpha)) for alpha in alphas}
+
+
+def _sorts(scored: Mapping[int, Tensor]) -> Orders:
+    if not scored:
+        return {}
+    sorts = torch.stack(list(scored.values())).argsort(dim=1, descending=True, stable=True)
+    return {leaf: Permutation.of(sort) for leaf, sort in zip(scored, sorts, strict=True)}
 
 
 def _scored(moments: Moments, alpha: float) -> dict[int, Tensor]:

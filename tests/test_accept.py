@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from passes.accept import accept
 from passes.judge import OUTPUTS, output_errors
@@ -30,6 +32,10 @@ def linear(name: str, k: int = 64, n: int = 64, per_sample: bool = False) -> Lin
 def normal(seed: int, *shape: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def channels(order: Permutation) -> Tensor:
+    return torch.tensor(order.order)
 
 
 class Model:
@@ -126,7 +132,7 @@ def test_the_error_is_that_of_a_brute_force_in_double(
     rows, weight = normal(0, 5, k), normal(1, 7, k)
     orders = [Permutation.random(k, torch.Generator().manual_seed(seed)) for seed in range(2)]
     found = output_errors(
-        rows, weight, [None, *orders], FORMATS[format], quantise_rows=quantise_rows
+        rows, weight, [None, *map(channels, orders)], FORMATS[format], quantise_rows=quantise_rows
     )
     expected = [
         brute_force(rows, weight, order, format, quantise_rows)
@@ -156,9 +162,29 @@ def test_judging_changes_neither_weights_nor_rows() -> None:
     rows, weight = normal(0, 4, 40).float(), normal(1, 4, 40).float()
     kept = rows.clone(), weight.clone()
     order = Permutation.random(40, torch.Generator().manual_seed(0))
-    output_errors(rows, weight, [None, order], FORMATS["nvfp4"], quantise_rows=True)
+    output_errors(rows, weight, [None, channels(order)], FORMATS["nvfp4"], quantise_rows=True)
     assert torch.equal(rows, kept[0])
     assert torch.equal(weight, kept[1])
+
+
+class Waits(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the times that a number is asked of the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **kwargs or {})
+
+
+def test_judging_many_orders_asks_no_number_of_any_one() -> None:
+    """All errors come in one copy; a wait for each would leave a GPU idle 10,000 times."""
+    rows, weight = normal(0, 4, 64), normal(1, 4, 64)
+    orders = [channels(Permutation.random(64, torch.Generator().manual_seed(n))) for n in range(5)]
+    with Waits() as waits:  # type: ignore[no-untyped-call]
+        found = output_errors(rows, weight, orders, FORMATS["nvfp4"], quantise_rows=True)
+    assert len(set(found)) == 5
+    assert waits.count == 0
 
 
 def test_an_output_that_is_zero_has_no_error() -> None:
@@ -295,7 +321,7 @@ def test_a_plan_is_never_worse_than_the_identity(
         output_errors(
             model.stats[one.linear.weight].held_out,
             model.weights[one.linear.weight],
-            [None, axis],
+            [None, channels(axis)],
             FORMATS[format],
             quantise_rows=one.route == "w4a4",
         )
