@@ -160,12 +160,25 @@ def staleness_key(parameter: Tensor) -> tuple[Any, ...]:
     return storage, parameter.data_ptr(), version, parameter.device, parameter.dtype
 
 
+_last_change = object()
+
+
+def last_change() -> object:
+    """Another object once any released parameter has become an ordinary one again.
+
+    Its values change in no other way: every write goes through ``Released``.
+    """
+    return _last_change
+
+
 def _replace(parameter: Tensor, contents: Tensor) -> None:
     """An ordinary parameter again, with these contents."""
+    global _last_change  # not a count, which two threads might set to the same number
     parameter.__class__ = nn.Parameter
     with contextlib.suppress(KeyError):
         del _BACKUPS[parameter]
     parameter.data = contents
+    _last_change = object()
 
 
 def _overwrite(

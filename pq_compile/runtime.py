@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
+from torch.utils.weak import WeakIdKeyDictionary
 
 from . import progress
+from .bindings import Binding, Serving, Source, look_up, pick
 from .errors import Refused
 from .needs import Needs
 from .options import Options
-from .released import staleness_key
 from .unit import OWNERS, Passes, Unit
 
 HELD: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -50,30 +51,11 @@ class Program:
 
     module: fx.GraphModule
     lowered: fx.GraphModule
-    sources: tuple[tuple[int, int | None], ...]  # per lowered input: argument, field if packed
+    sources: tuple[Source, ...]  # of each lowered input
     parameters: Mapping[int, str]  # argument -> name in the user's model
     inputs: Mapping[int, str]  # other tensor arguments -> name
     sites: tuple[Site, ...]
     needs: Needs
-
-
-@dataclass
-class Binding:
-    """The parameters one graph is run with, and what serves in their place."""
-
-    unit: Unit
-    names: Mapping[int, str]  # argument -> the unit's name
-    references: tuple[tuple[int, TensorWeakRef], ...]
-    generation: int = -1
-    replaced: tuple[tuple[int, Tensor], ...] = ()  # lowered input -> tensor that serves there
-    checks: tuple[tuple[int, tuple[Any, ...]], ...] = ()  # argument replaced -> staleness key
-
-    @property
-    def alive(self) -> bool:
-        return not self.unit.merged_away and all(ref() is not None for _, ref in self.references)
-
-    def matches(self, args: Sequence[Any]) -> bool:
-        return not self.unit.merged_away and all(ref() is args[i] for i, ref in self.references)
 
 
 class CompiledGraph:
@@ -90,32 +72,37 @@ class CompiledGraph:
         self.options = options
         self.passes = passes
         self.compiled = compiled  # of the lowered graph; None while weights are yet to be released
+        self._parameters = pick(tuple(program.parameters))
         self._anchor = torch.empty(0)  # the first parameter of a graph without any
-        self._bindings: WeakIdKeyDictionary = WeakIdKeyDictionary()  # first parameter -> bindings
+        self._bindings: dict[int, tuple[Binding, ...]] = {}  # id of the first parameter -> bindings
         self._local = threading.local()
         self._observed = _observed(program, self._record)
 
     def __call__(self, *args: Any) -> Any:
         binding = self.bind(args)
-        if not binding.unit.frozen:
-            observed = self._observe(binding, args)
-            if observed is not None:
-                return observed
-        return self._serve(binding, args)
+        serving: Serving | None = binding.unit.serving.get(binding)
+        if serving is None or not serving.fresh(args):
+            if not binding.unit.frozen:
+                observed = self._observe(binding, args)
+                if observed is not None:
+                    return observed
+            serving = self._look_up(binding, args)
+        run = self.compiled or self.program.lowered
+        return run(*serving.inputs(args))
 
     # ---------------------------------------------------------------- binding
 
-    def bind(self, args: Sequence[Any]) -> Binding:
+    def bind(self, args: tuple[Any, ...]) -> Binding:
         """The binding of these arguments, made on their first call."""
-        first = next(iter(self.program.parameters), None)
-        anchor = self._anchor if first is None else args[first]
-        for binding in self._bindings.setdefault(anchor, []):  # type: ignore[no-untyped-call]
-            if binding.matches(args):
-                return binding  # type: ignore[no-any-return]
+        parameters = self._parameters(args)
+        anchor = parameters[0] if parameters else self._anchor
+        for binding in self._bindings.get(id(anchor), ()):
+            if binding.matches(parameters):
+                return binding
         with _LOCK:
             binding = self._new_binding(args)
-            alive = [one for one in self._bindings[anchor] if one.alive]
-            self._bindings[anchor] = [binding, *alive]
+            alive = [one for one in self._bindings.get(id(anchor), ()) if one.alive]
+            self._bindings[id(anchor)] = (binding, *alive)
             return binding
 
     def _new_binding(self, args: Sequence[Any]) -> Binding:
@@ -130,7 +117,20 @@ class CompiledGraph:
         }
         renames = {self.program.parameters[i]: name for i, name in names.items()}
         unit.join(self.program.needs.renamed(renames, self.passes.rename))
-        return Binding(unit, names, tuple((i, TensorWeakRef(t)) for i, t in tensors.items()))
+        return Binding(unit, names, self._references(tuple(tensors.values())))
+
+    def _references(self, parameters: tuple[Tensor, ...]) -> tuple[weakref.ref[Tensor], ...]:
+        """Weak references; as the first parameter dies, so do the bindings that start with it."""
+        if not parameters:
+            return ()
+        this, first = weakref.ref(self), id(parameters[0])
+
+        def forget(_: weakref.ref[Tensor]) -> None:
+            graph = this()
+            if graph is not None:
+                graph._bindings.pop(first, None)
+
+        return weakref.ref(parameters[0], forget), *map(weakref.ref, parameters[1:])
 
     def _joint_unit(self, owners: list[Unit]) -> Unit:
         """The one unit of these parameters; units that meet in a graph are observed anew as one."""
@@ -159,7 +159,7 @@ class CompiledGraph:
         with unit.lock:
             if unit.frozen:
                 return None
-            held = any(ref() in HELD and HELD[ref()] for _, ref in binding.references[:1])
+            held = any(ref() in HELD and HELD[ref()] for ref in binding.references[:1])
             if unit.ready and unit.options.observed_calls == 0 and not held and self._freeze(unit):
                 return None
             if unit.failure is not None:
@@ -202,38 +202,11 @@ class CompiledGraph:
 
     # ---------------------------------------------------------------- serve
 
-    def _serve(self, binding: Binding, args: Sequence[Any]) -> Any:
-        if binding.generation != binding.unit.generation or not _fresh(binding, args):
-            self._update(binding, args)
-        flat = [args[index] for index, _ in self.program.sources]
-        for position, tensor in binding.replaced:
-            flat[position] = tensor
-        run = self.compiled or self.program.lowered
-        return run(*flat)
-
-    def _update(self, binding: Binding, args: Sequence[Any]) -> None:
-        """Look the entries of all parameters up again, packing what has changed."""
+    def _look_up(self, binding: Binding, args: tuple[Any, ...]) -> Serving:
         with binding.unit.lock:
-            entries = {i: binding.unit.entry(name, args[i]) for i, name in binding.names.items()}
-            replaced: list[tuple[int, Tensor]] = []
-            for position, (index, field) in enumerate(self.program.sources):
-                entry = entries.get(index)
-                if entry is None:
-                    continue
-                if field is not None:
-                    assert entry.packed is not None
-                    replaced.append((position, entry.packed[field]))
-                elif entry.folded is not None:
-                    replaced.append((position, entry.folded))
-            binding.replaced = tuple(replaced)
-            binding.checks = tuple((i, entry.key) for i, entry in entries.items() if entry.tensors)
-            binding.generation = binding.unit.generation
-
-
-def _fresh(binding: Binding, args: Sequence[Any]) -> bool:
-    """No parameter was written, replaced or moved since its entry was made."""
-    with torch._C.DisableTorchFunctionSubclass():
-        return all(staleness_key(args[i]) == key for i, key in binding.checks)
+            serving = look_up(binding, self.program.sources, args)
+            binding.unit.serving[binding] = serving
+            return serving
 
 
 def _observed(program: Program, record: Callable[[Tensor, int], None]) -> fx.GraphModule:

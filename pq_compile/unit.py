@@ -15,7 +15,8 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -67,7 +68,7 @@ class Unit:
         self.passes = passes
         self.lock = threading.RLock()
         self.calls = 0
-        self.generation = 0  # grows whenever entries change
+        self.serving: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # binding -> its Serving
         self.merged_away = False
         self.failure: str | None = None
         self.plan: Plan | None = None
@@ -153,7 +154,7 @@ class Unit:
         self.notes += tuple(f"order given up: {culprit}" for culprit in culprits)
         for name in moved | asked:
             self._entries.pop(name, None)
-        self.generation += 1
+        self._changed()
 
     def _refuse_if_dropped(
         self, names: Iterable[str], tensors: Mapping[str, Tensor], how: str
@@ -183,7 +184,7 @@ class Unit:
             self.plan, self.orders, self.failure = plan, plan.orders, None
             self.notes = self.observer.warnings()
             self.observer = self.passes.observer(self.options.seed)  # lets the rows go
-            self.generation += 1
+            self._changed()
             self.seconds = {"plan": planned - start, "pack": time.perf_counter() - planned}
             self.passes.frozen(self, seen)
             log.info("frozen: %d linears, %s", len(plan.linears), self.seconds)
@@ -211,7 +212,7 @@ class Unit:
             self.plan, self.orders, self._entries, self.calls = None, {}, {}, 0
             self.failure, self.notes = None, ()
             self.observer = self.passes.observer(self.options.seed)
-            self.generation += 1
+            self._changed()
 
     # ---------------------------------------------------------------- serve
 
@@ -224,8 +225,12 @@ class Unit:
             maker = self._maker(self.orders)
             entry = self._entries[name] = maker.entry(name, tensor)
             maker.drop_backups([tensor])
-            self.generation += 1
+            self._changed()
             return entry
+
+    def _changed(self) -> None:
+        """Every graph looks its parameters up again; until then none holds on to old tensors."""
+        self.serving = WeakKeyDictionary()
 
     def refresh(self) -> None:
         """Pack again, at the next call, every weight whose original is still at hand."""
@@ -233,7 +238,7 @@ class Unit:
             for name, tensor in self.parameters().items():
                 if readable(tensor):
                     self._entries.pop(name, None)
-            self.generation += 1
+            self._changed()
 
     def served(self) -> dict[str, tuple[Tensor, ...]]:
         """What serves in place of parameters, by name; those that serve as they are left out."""
