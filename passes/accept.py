@@ -26,6 +26,7 @@ from pq_compile.plan import (
     Statistics,
     Verdict,
 )
+from pq_compile.routes import settle_for
 
 from .judge import Evidence
 from .policy import route_of
@@ -49,6 +50,7 @@ def accept(
     Groups are decided in order, each with the orders accepted before it in force.
     """
     unique = one_per_weight(linears)
+    options = settle_for(options, unique, weights)
     routes = {linear.weight: route_of(linear, options, kept) for linear in unique}
     evidence = Evidence(
         groups,

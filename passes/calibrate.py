@@ -37,11 +37,24 @@ class _Input:
     blocks: list[tuple[int, Tensor]] = field(default_factory=list)  # (call, rows [R, K])
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What one call brings for one input, still on its device."""
+
+    key: tuple[str, ...]
+    sums: Tensor  # fp64 [K]
+    rows: int
+    total: Tensor  # fp64 [], finite if the input is
+    place: int  # among the blocks
+    block: Tensor | None  # rows [R, K] for that place
+
+
 class Observer:
     """Accumulates what ``observe`` sees; the one mutable value between the passes.
 
     Keeps at most ``blocks`` calls with ``rows_per_block`` rows each for every tensor observed, in
-    host memory, and of each call one number per input. Not thread-safe.
+    host memory, and of each call one number per input. Of the current call everything stays on the
+    GPU, so that nothing waits for it before the call ends. Not thread-safe.
     """
 
     def __init__(self, seed: int, blocks: int = 64, rows_per_block: int = 16) -> None:
@@ -50,6 +63,7 @@ class Observer:
         self._contents: list[Contents] = []
         self._known: dict[tuple[object, ...], int] = {}
         self._times: dict[str, set[int | float]] = {}
+        self._current: list[_Seen] = []
 
     @property
     def calls(self) -> int:
@@ -63,6 +77,7 @@ class Observer:
         calls of one prompt; smaller ones are read as timesteps. Raises ``Refused``, and does not
         count the call, if a floating input holds NaN or Inf.
         """
+        self.end_call()
         contents: Contents = {}
         times: dict[str, list[int | float]] = {}
         for name, x in inputs.items():
@@ -88,34 +103,60 @@ class Observer:
         """``x`` [..., K], floating, is read by the linears of these weights in the current call.
 
         The same weights must come together each time. Raises ``Refused``, naming the first weight,
-        if ``x`` holds NaN or Inf.
+        if ``x`` holds NaN or Inf; for an ``x`` on a GPU it is ``end_call`` that does.
         """
         if not self.calls:
             raise RuntimeError("begin_call comes before observe")
         x = x.reshape(-1, x.shape[-1])
-        sums = sums_of_squares(x)
-        if not math.isfinite(sums.sum().item()):
-            name = weights[0].removesuffix(".weight")
-            raise Refused(_not_finite(f"the input of {name} in call {self.calls}"))
-        key = tuple(weights)
-        seen = self._inputs.setdefault(key, _Input(torch.zeros_like(sums)))
-        seen.sums = seen.sums + sums.to(seen.sums.device)
-        seen.rows += len(x)
-        seen.seen.append(self.calls)
-        self._keep(seen, x, random.Random(f"{self._seed}/{key[0]}/{len(seen.seen)}"))
+        key, sums = tuple(weights), sums_of_squares(x)
+        place, rows = self._drawn(key, len(x))
+        block = None
+        if rows is not None:
+            block = x.index_select(0, torch.tensor(rows, dtype=torch.int64, device=x.device))
+        self._current.append(_Seen(key, sums, len(x), sums.sum(), place, block))
+        if not x.is_cuda:
+            self.end_call()
 
-    def _keep(self, seen: _Input, x: Tensor, draw: random.Random) -> None:
-        place = draw.randrange(len(seen.seen))
-        if len(seen.blocks) < self._blocks:
-            place = len(seen.blocks)
-            seen.blocks.append((self.calls, x[:0].cpu()))
-        if place < self._blocks:
-            chosen = sorted(draw.sample(range(len(x)), min(len(x), self._rows)))
-            rows = x.index_select(0, torch.tensor(chosen, dtype=torch.int64, device=x.device))
-            seen.blocks[place] = (self.calls, rows.cpu())
+    def _drawn(self, key: tuple[str, ...], rows: int) -> tuple[int, list[int] | None]:
+        """The place of this observation among the blocks, and the rows it keeps; None: none."""
+        known = len(self._inputs[key].seen) if key in self._inputs else 0
+        number = known + sum(seen.key == key for seen in self._current) + 1
+        draw = random.Random(f"{self._seed}/{key[0]}/{number}")
+        place = draw.randrange(number)
+        place = number - 1 if number <= self._blocks else place
+        if place >= self._blocks:
+            return place, None
+        return place, sorted(draw.sample(range(rows), min(rows, self._rows)))
+
+    @torch.no_grad()
+    def end_call(self) -> None:
+        """Take in what was observed since the call began, with one wait for the device.
+
+        The next call, and whoever asks for statistics, ends a call that nobody ended. Raises
+        ``Refused``, and forgets what the call brought, if an input held NaN or Inf.
+        """
+        current, self._current = self._current, []
+        if not current:
+            return
+        totals = torch.stack([seen.total.to(current[0].total.device) for seen in current])
+        for seen, total in zip(current, totals.tolist(), strict=True):
+            if not math.isfinite(total):
+                name = seen.key[0].removesuffix(".weight")
+                raise Refused(_not_finite(f"the input of {name} in call {self.calls}"))
+        for seen in current:
+            self._take_in(seen)
+
+    def _take_in(self, one: _Seen) -> None:
+        known = self._inputs.setdefault(one.key, _Input(torch.zeros_like(one.sums)))
+        known.sums = known.sums + one.sums.to(known.sums.device)
+        known.rows += one.rows
+        known.seen.append(self.calls)
+        if one.block is not None:
+            known.blocks[one.place : one.place + 1] = [(self.calls, one.block.cpu())]
 
     def finish(self) -> dict[str, Statistics]:
         """What was seen so far, by name of weight; weights that read one tensor share one value."""
+        self.end_call()
         found = {
             keys: self._statistics([self._inputs[key] for key in keys]) for keys in self._readers()
         }
@@ -125,6 +166,7 @@ class Observer:
 
     def warnings(self) -> tuple[str, ...]:
         """Sentences on what the calls do not cover, for the report."""
+        self.end_call()
         reasons = {
             self._split([self._inputs[key] for key in keys]).reason for keys in self._readers()
         }

@@ -1,4 +1,8 @@
-"""``linear(x, W, b)`` becomes ``permuquant.linear(x, pack(W), b)``.
+"""``linear(x, W, b)`` becomes quantised rows times packed weights.
+
+    permuquant.linear(x, pack(W), b)                  where nothing is to be fused
+    a = permuquant.rows(inputs of a chain, program)   quantised once for all that read it
+    y = permuquant.matmul(a, pack(W), b)              one product for the weights that read it
 
 The packed tensors enter the lowered graph as inputs, where the weight was one before: one compiled
 graph serves every block of a kind, and nothing about a weight's values is baked into it. Folding
@@ -9,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import getitem
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +21,14 @@ from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
 
 from pq_compile.formats import FORMATS, Format
+from pq_compile.routes import Route
+from pq_compile.scratch import MOST_PARTS
+
+from .fuse import Chain, chains
 
 FIELDS = ("packed", "scales", "tensor_scale")
+QUANTISED = {"fp8": 2, "nvfp4_fp8": 2, "nvfp4_half": 2, "nvfp4": 3}
+"""How many tensors a target's rows are."""
 
 
 class Source(NamedTuple):
@@ -36,47 +47,167 @@ class Lowered:
     packed: tuple[int, ...]  # argument indices of the weights it wants packed
 
 
-def lower(module: fx.GraphModule, routes: Mapping[str, str], format_name: str) -> Lowered:
-    """Rewrite the linears named in ``routes`` (node name -> "w4a4" or "w4a16"); ``module`` stays.
+def lower(
+    module: fx.GraphModule,
+    routes: Mapping[str, str],
+    format_name: str,
+    route: Route | None = None,
+) -> Lowered:
+    """Rewrite the linears named in ``routes`` (node name -> scheme); ``module`` stays.
 
-    A weight that is also read by something else stays an input beside its packed form.
+    ``route`` is how those of its scheme are multiplied; what they read is quantised by row programs
+    if it says to what. None: by ``permuquant.linear`` alone. A weight that is also read by
+    something else stays an input beside its packed form.
     """
-    placeholders = module.graph.find_nodes(op="placeholder")
-    index = {node: i for i, node in enumerate(placeholders)}
-    linears = {node: operands(node) for node in module.graph.nodes if node.name in routes}
-    weights = list(dict.fromkeys(weight for _, weight, _ in linears.values()))
-    gone = {
-        weight
-        for weight in weights
-        if all(_only_weight(user, weight, linears) for user in weight.users)
-    }
-
-    graph = fx.Graph()
-    new: dict[fx.Node, fx.Node] = {}
-    sources: list[Source] = []
-    for node in placeholders:
-        if node not in gone:
-            new[node] = graph.node_copy(node, lambda old: new[old])
-            sources.append(Source(index[node]))
-    packed: dict[fx.Node, list[fx.Node]] = {weight: [] for weight in weights}
-    for weight in weights:
-        for field, suffix in enumerate(FIELDS):
-            packed[weight].append(graph.placeholder(f"{weight.name}{suffix}"))
-            sources.append(Source(index[weight], field))
-    for node in module.graph.nodes:
-        if node in linears:
-            x, weight, bias = linears[node]
-            arguments = (new[x], *packed[weight], None if bias is None else new[bias])
-            new[node] = graph.call_function(
-                torch.ops.permuquant.linear.default, (*arguments, format_name, routes[node.name])
-            )
-            new[node].meta = dict(node.meta)
-        elif node.op != "placeholder":
-            new[node] = graph.node_copy(node, lambda old: new[old])
-    return Lowered(fx.GraphModule(module, graph), tuple(sources), tuple(index[w] for w in weights))
+    return _Lowering(module, routes, format_name, route).lowered()
 
 
-def operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
+class _Lowering:
+    """One graph on its way: ``new`` maps the nodes of the old one to those of the new."""
+
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        routes: Mapping[str, str],
+        format_name: str,
+        route: Route | None,
+    ) -> None:
+        self.module, self.routes, self.format, self.route = module, routes, format_name, route
+        self.linears = {n: operands(n) for n in module.graph.nodes if n.name in routes}
+        readers = _readers(self.linears, routes, route)
+        self.chains = chains(module, readers, route.target) if route and route.target else {}
+        teams = [team for root in self.chains for team in _teams(readers[root], self.linears)]
+        self.teams = {team[0]: team for team in teams}
+        self.graph = fx.Graph()
+        self.new: dict[fx.Node, fx.Node] = {}
+        self.packed: dict[fx.Node, list[fx.Node]] = {}
+        self.rows: dict[fx.Node, list[fx.Node]] = {}  # root -> its quantised tensors
+
+    def lowered(self) -> Lowered:
+        sources, weights = self._inputs()
+        teamed = {node for team in self.teams.values() for node in team}
+        for node in self.module.graph.nodes:
+            if node in self.teams:
+                self._product(self.teams[node])
+            elif node in self.linears and node not in teamed:
+                self._linear(node)
+            elif node.op != "placeholder" and node not in teamed:
+                self.new[node] = self.graph.node_copy(node, lambda old: self.new[old])
+            if node in self.chains:
+                self._quantise(self.chains[node])
+        return Lowered(fx.GraphModule(self.module, self.graph), tuple(sources), weights)
+
+    def _inputs(self) -> tuple[list[Source], tuple[int, ...]]:
+        """The inputs: those that somebody reads as they are, then the packed weights."""
+        placeholders = self.module.graph.find_nodes(op="placeholder")
+        weights = list(dict.fromkeys(weight for _, weight, _ in self.linears.values()))
+        index = {node: i for i, node in enumerate(placeholders)}
+        gone = {
+            weight
+            for weight in weights
+            if all(_only_weight(user, weight, self.linears) for user in weight.users)
+        }
+        sources = [Source(index[node]) for node in placeholders if node not in gone]
+        for node in placeholders:
+            if node not in gone:
+                self.new[node] = self.graph.node_copy(node)
+        for weight in weights:
+            names = [f"{weight.name}{field}" for field in FIELDS]
+            self.packed[weight] = [self.graph.placeholder(name) for name in names]
+            sources += [Source(index[weight], field) for field in range(len(FIELDS))]
+        return sources, tuple(index[weight] for weight in weights)
+
+    def _linear(self, node: fx.Node) -> None:
+        """One linear by itself."""
+        x, weight, bias = self.linears[node]
+        given = (self.new[x], *self.packed[weight], None if bias is None else self.new[bias])
+        how = (self.format, self.routes[node.name])
+        self.new[node] = self._call("linear", (*given, *how), node)
+        self.new[node].meta = dict(node.meta)
+
+    def _quantise(self, chain: Chain) -> None:
+        """What the chain computes, in place of the nodes that did: those are read no more."""
+        inputs = [self.new[one] for one in chain.inputs]
+        both = self._call("rows", (inputs, str(chain.program)), chain.root)
+        count = QUANTISED[chain.program.target]
+        found = [self.graph.call_function(getitem, (both, i)) for i in range(count)]
+        self.rows[chain.root] = found
+        dead = [self.new[node] for node in chain.inside]
+        for i, node in enumerate(chain.kept):
+            self.new[node] = self.graph.call_function(getitem, (both, count + i))
+            self.new[node].meta = dict(node.meta)
+        for gone in reversed(dead):
+            if not gone.users:
+                self.graph.erase_node(gone)
+
+    def _product(self, team: Sequence[fx.Node]) -> None:
+        """Linears that read one tensor, as one product whose outputs lie side by side."""
+        assert self.route is not None
+        root = self.linears[team[0]][0]
+        weights = [self.packed[self.linears[node][1]] for node in team]
+        biases = [self.new[bias] for node in team if (bias := self.linears[node][2]) is not None]
+        given = (self.rows[root], *(list(field) for field in zip(*weights, strict=True)), biases)
+        dtype = team[0].meta["example_value"].dtype
+        y = self._call("matmul", (*given, self.route.kind, dtype), team[0])
+        if len(team) == 1:
+            self.new[team[0]] = y
+            return
+        widths = [_size(self.linears[node][1])[0] for node in team]
+        parts = self.graph.call_function(torch.split, (y, widths, -1))
+        for i, node in enumerate(team):
+            self.new[node] = self.graph.call_function(getitem, (parts, i))
+            self.new[node].meta = dict(node.meta)
+
+    def _call(self, name: str, arguments: tuple[Any, ...], like: fx.Node) -> fx.Node:
+        target = getattr(torch.ops.permuquant, name).default
+        node = self.graph.call_function(target, arguments)
+        node.meta = {key: value for key, value in like.meta.items() if key != "example_value"}
+        return node
+
+
+Operands = tuple[fx.Node, fx.Node, fx.Node | None]
+
+
+def _readers(
+    linears: Mapping[fx.Node, Operands], routes: Mapping[str, str], route: Route | None
+) -> dict[fx.Node, list[fx.Node]]:
+    """The tensors that linears of the route's scheme read -> those linears."""
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for node, (x, _, _) in linears.items():
+        if route is not None and routes[node.name] == route.scheme:
+            found.setdefault(x, []).append(node)
+    return found
+
+
+def _teams(
+    readers: Sequence[fx.Node], linears: Mapping[fx.Node, Operands]
+) -> list[tuple[fx.Node, ...]]:
+    """Linears that are multiplied together: small ones first, as long as their weights are no
+    larger together than the largest of all, which bounds the scratch; in the order of the graph."""
+    most = max(_elements(weight) for _, weight, _ in linears.values())
+    teams: list[list[fx.Node]] = []
+    for node in sorted(readers, key=lambda one: _elements(linears[one][1])):
+        _, weight, bias = linears[node]
+        if teams and len(teams[-1]) < MOST_PARTS and (bias is None) == (linears[teams[-1][0]][2] is None):
+            if sum(_elements(linears[one][1]) for one in teams[-1]) + _elements(weight) <= most:
+                teams[-1].append(node)
+                continue
+        teams.append([node])
+    order = {node: i for i, node in enumerate(linears)}
+    return [tuple(sorted(team, key=order.__getitem__)) for team in teams]
+
+
+def _elements(weight: fx.Node) -> int:
+    n, k = _size(weight)
+    return n * k
+
+
+def _size(weight: fx.Node) -> tuple[int, int]:
+    n, k = weight.meta["example_value"].shape
+    return int(n), int(k)
+
+
+def operands(node: fx.Node) -> Operands:
     """Input, weight and bias of a linear node, however they were passed."""
     given: dict[str, Any] = dict(zip(("input", "weight", "bias"), node.args, strict=False))
     given |= node.kwargs

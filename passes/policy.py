@@ -47,7 +47,7 @@ SMALLEST = 4096
 def route_of(
     linear: Linear, options: Options, kept: Mapping[str, str] = MappingProxyType({})
 ) -> tuple[str, str]:
-    """("w4a4", "w4a16" or "keep", the sentence why).
+    """("w4a4", "w4a8", "w4a16" or "keep", the sentence why). ``options`` settled for a device.
 
     ``kept``: why a linear cannot be quantised, by the name of its weight or its own.
     """
@@ -58,6 +58,10 @@ def route_of(
         return "w4a16", "one row per sample: time goes into reading weights, activations stay"
     if options.scheme == "w4a16":
         return "w4a16", "scheme w4a16 keeps activations"
+    if options.scheme == "w4a8" and linear.out_features % 16:
+        return "w4a16", f"fp8 products need outputs by 16, and it has {linear.out_features}"
+    if options.scheme == "w4a8":
+        return "w4a8", "weights in 4 bits, activations in 8: the fastest without FP4 units"
     return "w4a4", "weights and activations in 4 bits"
 
 

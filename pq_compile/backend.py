@@ -27,6 +27,7 @@ import passes.policy
 import passes.propagate
 import passes.reorder
 import passes.revise
+import passes.simplify
 import passes.storage
 
 from . import ops  # registers the operators of the lowered graph
@@ -38,6 +39,7 @@ from .needs import Needs
 from .options import Options
 from .plan import Groups
 from .released import releasable
+from .routes import Route, choose, here, settle_for
 from .runtime import CompiledGraph, Program, Site
 from .show import show
 from .trail import dump_frozen, numbered
@@ -116,22 +118,40 @@ class Analysis:
 
 def analyse(module: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Analysis:
     """Capture, propagate and lower one graph."""
-    graph = passes.capture.capture(module, example_inputs)
+    graph = passes.capture.capture(passes.simplify.simplify(module), example_inputs)
     graph = replace(graph, kept={**graph.kept, **passes.storage.written_parameters(graph)})
     log.debug("capture: %d nodes, %d linears", len(module.graph.nodes), len(graph.linears))
     rows = passes.propagate.spread(graph, example_inputs)
     groups = passes.groups.gather(rows)
     free = sum(group.free for group in groups.groups)
     log.debug("propagate: %d groups, %d of them free", len(groups.groups), free)
-    lowered = passes.lower.lower(graph.module, routes(graph, options), options.format)
+    by_name = {name: example_inputs[i] for name, i in graph.positions.items()}
+    options = settle_for(options, graph.linears, by_name)
+    lowered = passes.lower.lower(
+        graph.module, schemes(graph, options), options.format, route(graph, options, by_name)
+    )
     log.debug("lower: %d weights wanted packed", len(lowered.packed))
     program = _program(graph, groups, lowered, example_inputs)
     sizes = {name: example_inputs[i].nbytes for i, name in program.parameters.items()}
     return Analysis(graph, rows, lowered, program, sizes)
 
 
-def routes(graph: passes.capture.Graph, options: Options) -> dict[str, str]:
-    """Node name -> route of every linear that is quantised."""
+def route(
+    graph: passes.capture.Graph, options: Options, parameters: Mapping[str, Tensor]
+) -> Route | None:
+    """How the linears of the settled scheme are multiplied; None where nothing may be moved.
+
+    In a graph that writes to a tensor, what a linear reads may change before it does.
+    """
+    weights = [parameters[one.weight] for one in graph.linears]
+    if not weights or graph.view is None or passes.storage.written(graph.view):
+        return None
+    where = here(weights[0].device, options.format, weights[0].dtype)
+    return choose(options.scheme, where, options.route)
+
+
+def schemes(graph: passes.capture.Graph, options: Options) -> dict[str, str]:
+    """Node name -> scheme of every linear that is quantised."""
     route_of = passes.policy.route_of
     by_name = {one.name: route_of(one, options, graph.kept)[0] for one in graph.linears}
     by_node = {node: by_name[name] for node, name in graph.nodes.items()}

@@ -1,25 +1,40 @@
-"""``permuquant::linear``, the operator that lowered graphs call: ``x @ decode(W).T + bias``.
+"""The operators that lowered graphs call. One function each for every format, scheme and device.
 
-One function for every format, scheme and device. Where no kernel of the route table serves, the
-plain torch reference does: on the CPU, for the formats other than NVFP4, on old devices.
+    linear  x @ decode(W).T + bias
+    rows    a row program: a fused chain that ends in quantised rows
+    matmul  quantised rows by one or more weights that read them
+
+Where no row of the route table serves, the plain torch reference does: on the CPU, for the formats
+other than NVFP4, on old devices.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from . import kernels
+from . import kernels, products, row_kernels, routes
 from .errors import Refused
 from .formats import FORMATS, NVFP4, Format
+from .products import Weight
+from .rows import parse, quantise_rows, reference as rows_reference
 
-SCHEMES = ("w4a4", "w4a16")
+SCHEMES = ("w4a4", "w4a8", "w4a16")
+LIBRARY = torch.library.Library("permuquant", "DEF")
+LIBRARY.define(
+    "linear(Tensor x, Tensor packed, Tensor scales, Tensor tensor_scale, Tensor? bias, str format,"
+    ' str scheme, str route="auto") -> Tensor'
+)
+LIBRARY.define("rows(Tensor[] inputs, str program) -> Tensor[]")
+LIBRARY.define(
+    "matmul(Tensor[] a, Tensor[] packed, Tensor[] scales, Tensor[] tensor_scales, Tensor[] biases,"
+    " str kind, ScalarType dtype) -> Tensor"
+)
 
 
-@torch.library.custom_op("permuquant::linear", mutates_args=())
 def linear(
     x: Tensor,
     packed: Tensor,
@@ -28,68 +43,99 @@ def linear(
     bias: Tensor | None,
     format: str,
     scheme: str,
+    route: str = "auto",
 ) -> Tensor:
     """``x`` [..., K] times the packed weight [N, K], plus ``bias`` [N], in the dtype of ``x``.
 
-    ``scheme`` "w4a4" quantises ``x`` in ``format``, its tensor scale that of this call; "w4a16"
-    leaves it. A weight padded to K' channels takes an ``x`` of K as if zeros followed it. Sums in
-    fp32; in fp64 for an fp64 ``x`` where the reference computes. Raises ``Refused`` for an unknown
-    format or scheme, and for a K that the weight doesn't have.
+    ``scheme`` "w4a4" quantises ``x`` in ``format``, its tensor scale that of this call; "w4a8" to
+    e4m3 with a scale a row; "w4a16" leaves it. A weight padded to K' channels takes an ``x`` of K
+    as if zeros followed it. Sums in fp32; in fp64 for an fp64 ``x`` where the reference computes.
+    Raises ``Refused`` for an unknown format or scheme, and for a K that the weight doesn't have.
     """
-    weight = (packed, scales, tensor_scale)
     of = _checked(x, packed, format, scheme)
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    empty = x.numel() == 0 or packed.numel() == 0
-    how = "reference" if empty else where(x.device, format, scheme, rows.shape[0])
-    y = _multiply(how, of, scheme, rows, weight, bias)
+    weight, biases = (packed, scales, tensor_scale), [] if bias is None else [bias]
+    if x.numel() == 0 or packed.numel() == 0:
+        how = routes.Route("reference", scheme, "reference")
+    else:
+        how = routes.choose(scheme, routes.here(x.device, format, x.dtype, len(rows)), route)
+    match how.kind:
+        case "reference":
+            y = reference(of, scheme, rows, weight, bias)
+        case "w4a16_vector" | "w4a16_portable":
+            y = kernels.matmul_w4a16(rows, weight, bias, how.kind)  # type: ignore[arg-type]
+        case _ if how.target is None:
+            y = products.multiply([NVFP4.pad(rows)], [weight], biases, how.kind, x.dtype)
+        case _:
+            given = NVFP4.pad(rows.to(kernels.narrow(x.dtype)))
+            program = parse(f"row {given.shape[1]} | {how.target} 0")
+            a = row_kernels.run(program, [given])
+            y = products.multiply(a, [weight], biases, how.kind, x.dtype)
     return y.view(*x.shape[:-1], packed.shape[0])
 
 
-@linear.register_fake
-def _(
-    x: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    tensor_scale: Tensor,
-    bias: Tensor | None,
-    format: str,
-    scheme: str,
+def rows(inputs: Sequence[Tensor], program: str) -> list[Tensor]:
+    """``rows.reference`` of the program spelled ``program``: quantised rows, then values kept."""
+    how = row_kernels.run if inputs[0].is_cuda else rows_reference
+    return how(parse(program), inputs)
+
+
+def matmul(
+    a: Sequence[Tensor],
+    packed: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    tensor_scales: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    kind: str,
+    dtype: torch.dtype,
 ) -> Tensor:
-    return x.new_empty((*x.shape[:-1], packed.shape[0]))
+    """[..., N] in ``dtype``: the quantised rows ``a`` by every weight, side by side, N in all.
+
+    ``a`` as ``rows`` returns it for the target of ``kind``; ``biases`` one a weight, or none.
+    """
+    weights = list(zip(packed, scales, tensor_scales, strict=True))
+    lead = a[0].shape[:-1]
+    flat = [x.reshape(-1, x.shape[-1]) if x.ndim else x for x in a]
+    empty = flat[0].numel() == 0
+    multiply = products.multiply if flat[0].is_cuda and not empty else products.reference
+    return multiply(flat, weights, biases, kind, dtype).view(*lead, sum(map(len, packed)))
 
 
-def where(device: torch.device, format: str, scheme: str, rows: int) -> str:
-    """The route that ``linear`` takes: the kind of a kernel, or "reference"."""
-    if device.type != "cuda" or format != NVFP4.name:
-        return "reference"
-    capability = torch.cuda.get_device_capability(device)
-    return kernels.route(capability, triton.__version__, scheme, rows)
+def where(device: torch.device, format: str, scheme: str, rows: int, dtype: Any = None) -> str:
+    """The kind of the route that ``linear`` takes unasked."""
+    return routes.choose(
+        scheme, routes.here(device, format, dtype or torch.bfloat16, rows)
+    ).kind
 
 
 def specs(
     device: torch.device, format: str, scheme: str, rows: int, **shape: Any
 ) -> tuple[kernels.KernelSpec, ...]:
-    """The kernels that ``linear`` launches for a product of ``shape`` (k, n, dtype, bias)."""
-    kind: Any = where(device, format, scheme, rows)
-    if kind == "reference":
+    """The kernels with a ``KernelSpec`` that ``linear`` launches for a product of ``shape`` (k, n,
+    dtype, bias)."""
+    kind: Any = where(device, format, scheme, rows, shape["dtype"])
+    if not kind.startswith("w4a"):
         return ()
     capability = torch.cuda.get_device_capability(device)
     shape["dtype"] = kernels.narrow(shape["dtype"])
     if scheme == "w4a16":
         return (kernels.tuned(kind, capability, rows, **shape),)
-    product = kernels.tuned(kind, capability, rows, **shape | {"k": NVFP4.padded(shape["k"])})
-    return (*kernels.quantise_specs(capability, rows, shape["k"]), product)
+    return (kernels.tuned(kind, capability, rows, **shape | {"k": NVFP4.padded(shape["k"])}),)
 
 
-def reference(
-    of: Format, scheme: str, x: Tensor, weight: tuple[Tensor, Tensor, Tensor], bias: Tensor | None
-) -> Tensor:
+def reference(of: Format, scheme: str, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """``linear`` of ``x`` [M, K] in plain torch, without making codes of the activation.
 
     Element times scale is what is multiplied; the tensor scales come after the sum.
     """
+    if scheme == "w4a8" and of is NVFP4:
+        biases = [] if bias is None else [bias]
+        return products.reference(quantise_rows(of.pad(x)), [weight], biases, "fp8", x.dtype)
     wide = torch.promote_types(x.dtype, torch.float32)
     dtype, k, scale = x.dtype, x.shape[1], weight[2]
+    if scheme == "w4a8":
+        codes, row_scale = quantise_rows(x)
+        x = codes.to(wide) * row_scale
     if scheme == "w4a4":
         x = of.pad(x)
         scales, tensor_scale = of.scales(x)
@@ -98,24 +144,6 @@ def reference(
     w = of.decode(weight[0], weight[1])[:, :k]
     y = torch.mm(x.to(wide), w.to(wide).T).mul_(scale)
     return (y if bias is None else y.add_(bias)).to(dtype)
-
-
-def _multiply(
-    how: str,
-    of: Format,
-    scheme: str,
-    x: Tensor,
-    weight: tuple[Tensor, Tensor, Tensor],
-    bias: Tensor | None,
-) -> Tensor:
-    match how:
-        case "w4a4_native" | "w4a4_portable":
-            a = kernels.quantise(x.to(kernels.narrow(x.dtype)))
-            return kernels.matmul_w4a4(a, weight, bias, x.dtype, how)
-        case "w4a16_vector" | "w4a16_portable":
-            return kernels.matmul_w4a16(x, weight, bias, how)
-        case _:
-            return reference(of, scheme, x, weight, bias)
 
 
 def _checked(x: Tensor, packed: Tensor, format: str, scheme: str) -> Format:
@@ -132,3 +160,27 @@ def _checked(x: Tensor, packed: Tensor, format: str, scheme: str) -> Format:
             f"{of.group}"
         )
     return of
+
+
+# ---------------------------------------------------------------- registration
+
+for name, function in (("linear", linear), ("rows", rows), ("matmul", matmul)):
+    LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("permuquant::linear", lib=LIBRARY)
+def _(x: Tensor, packed: Tensor, *_: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], packed.shape[0]))
+
+
+@torch.library.register_fake("permuquant::rows", lib=LIBRARY)
+def _(inputs: Sequence[Tensor], program: str) -> list[Tensor]:
+    parsed = parse(program)
+    lead = torch.broadcast_shapes(*(x.shape[:-1] for x in inputs))
+    return row_kernels.outputs(parsed, lead, inputs[0])
+
+
+@torch.library.register_fake("permuquant::matmul", lib=LIBRARY)
+def _(a: Sequence[Tensor], packed: Sequence[Tensor], *rest: Any) -> Tensor:
+    n = sum(weight.shape[0] for weight in packed)
+    return a[0].new_empty((*a[0].shape[:-1], n), dtype=rest[-1])

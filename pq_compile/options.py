@@ -15,7 +15,8 @@ from .errors import Refused
 CHOICES = {
     "recipe": ("best", "permuquant", "rtn", "random"),
     "format": ("nvfp4", "mxfp4", "int4", "int3", "none"),
-    "scheme": ("auto", "w4a4", "w4a16"),
+    "scheme": ("auto", "w4a4", "w4a8", "w4a16"),
+    "route": ("auto", "fp8", "half", "native", "in_loop", "reference"),
     "release_weights": ("backup", "drop", "keep"),
 }
 NEEDS_NO_DATA = ("rtn", "random")
@@ -31,6 +32,7 @@ class Options:
     recipe: str = "best"
     format: str = "nvfp4"
     scheme: str = "auto"
+    route: str = "auto"
     alpha: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     tau: float = 0.02
     calibration_calls: int = 64

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .generated import function
 from .row_text import Phase, RowKernel, source
-from .rows import Program
+from .rows import Program, Target
 
 WAVES = 8
 """Instances an SM is given at least, before one takes more rows."""
@@ -50,10 +50,11 @@ def run(program: Program, inputs: Sequence[Tensor]) -> list[Tensor]:
     lead = torch.broadcast_shapes(*(x.shape[:-1] for x in inputs))
     x = inputs[0]
     samples, rows = (1, lead[0]) if len(lead) == 1 else (math.prod(lead[:-1]), lead[-1])
-    kept = [x.new_empty((*lead, program.widths[v]), dtype=dtype) for v, dtype in program.kept]
-    outputs = _outputs(program, lead, x)
+    results = outputs(program, lead, x)
     if samples * rows == 0:
-        return [*outputs, *kept]
+        return results
+    split = len(results) - len(program.kept)
+    quantised, kept = results[:split], results[split:]
     given = [part for one in inputs for part in _strided(one, len(lead) + 1)]
     on_gpu = x.is_cuda
     how = (
@@ -62,38 +63,32 @@ def run(program: Program, inputs: Sequence[Tensor]) -> list[Tensor]:
         torch.cuda.get_device_properties(x.device).multi_processor_count if on_gpu else 1,
     )
     if program.target in ("fp8", "none"):
-        written = map(_bytes, outputs)
+        written = map(_bytes, quantised)
         _launch(tuned(program, "once", *how), samples, rows, *given, *kept, *written)
-        return [*outputs, *kept]
+        return results
     peak = torch.zeros((), dtype=torch.int32, device=x.device)
     _launch(tuned(program, "peak", *how), samples, rows, *given, *kept, peak)
-    codes, scales, tensor = (_bytes(outputs[min(i, len(outputs) - 1)]) for i in range(3))
+    codes, scales, tensor = (_bytes(quantised[min(i, split - 1)]) for i in range(3))
     _launch(tuned(program, "codes", *how), samples, rows, *given, peak, codes, scales, tensor)
-    return [*outputs, *kept]
+    return results
 
 
-def _outputs(program: Program, lead: tuple[int, ...], x: Tensor) -> list[Tensor]:
+def outputs(program: Program, lead: Sequence[int], x: Tensor) -> list[Tensor]:
+    """Room for what ``run`` returns, for rows of shape ``lead``, on the device of ``x``."""
     k = program.width
-
-    def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=x.device)
-
-    match program.target:
-        case "none":
-            return []
-        case "fp8" | "nvfp4_fp8":
-            return [
-                empty((*lead, k), torch.float8_e4m3fn),
-                empty((*lead, 1), torch.float32),
-            ]
-        case "nvfp4_half":
-            return [empty((*lead, k), torch.bfloat16), empty((), torch.float32)]
-        case _:
-            return [
-                empty((*lead, k // 2), torch.uint8),
-                empty((*lead, k // 16), torch.float8_e4m3fn),
-                empty((), torch.float32),
-            ]
+    quantised: dict[Target, list[tuple[tuple[int, ...], torch.dtype]]] = {
+        "none": [],
+        "fp8": [((*lead, k), torch.float8_e4m3fn), ((*lead, 1), torch.float32)],
+        "nvfp4_fp8": [((*lead, k), torch.float8_e4m3fn), ((*lead, 1), torch.float32)],
+        "nvfp4_half": [((*lead, k), torch.bfloat16), ((), torch.float32)],
+        "nvfp4": [
+            ((*lead, k // 2), torch.uint8),
+            ((*lead, k // 16), torch.float8_e4m3fn),
+            ((), torch.float32),
+        ],
+    }
+    kept = [((*lead, program.widths[value]), dtype) for value, dtype in program.kept]
+    return [x.new_empty(shape, dtype=dtype) for shape, dtype in [*quantised[program.target], *kept]]
 
 
 def _bytes(x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 from . import templates
 from .formats import NVFP4
 from .generated import function
-from .rows import FOLD, fold
+from .rows import fold
 
 Precision = Literal["fp8", "half"]
 
@@ -238,13 +238,10 @@ def matmul_fp8(
 
 
 def matmul_half(
-    a: Tensor, scale: Tensor | None, weights: Sequence[Weight], biases: Sequence[Tensor]
+    a: Tensor, scale: Sequence[Tensor], weights: Sequence[Weight], biases: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """fp32 [M, N] products of ``a`` [M, K] in bfloat16, and what is still to be multiplied and
-    added: a factor for each column, and the bias."""
+    """fp32 [M, N] products of ``a`` [M, K] in bfloat16, the factor that each column still lacks,
+    the tensor scale of ``a`` included if there is one, and the bias."""
     w, column, bias = decode(weights, biases, "half")
     y = torch.mm(a, w.t(), out_dtype=torch.float32)
-    return y, column if scale is None else column * scale, bias
-
-
-__all__ = ["FOLD", "DecodeKernel", "decode", "decode_reference", "load", "matmul_fp8", "source"]
+    return y, column * scale[0] if scale else column, bias

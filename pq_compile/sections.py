@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from .needs import Needs
-from .ops import where
+from .routes import choose, here, settle_for
 from .options import Options
 from .plan import LinearPlan, Plan
 from .reporting import Section
@@ -25,7 +25,8 @@ def section(unit: Unit, user_names: Mapping[int, str]) -> Section:
     needs = unit.needs.renamed(names, unit.passes.rename)
     old = (group.name for group in unit.needs.groups.groups)
     renamed = dict(zip(old, (group.name for group in needs.groups.groups), strict=True))
-    plan = unit.plan or dry_plan(unit.passes, unit.needs, unit.options)
+    options = settle_for(unit.options, unit.needs.linears, unit.parameters())
+    plan = unit.plan or dry_plan(unit.passes, unit.needs, options)
     plan = plan.renamed(names, renamed)
     tensors = {names[name]: tensor for name, tensor in tensors.items()}
     memory = unit.memory()
@@ -33,13 +34,13 @@ def section(unit: Unit, user_names: Mapping[int, str]) -> Section:
         plan=plan,
         groups=needs.groups,
         phase=_phase(unit),
-        scheme=scheme(unit.options),
+        scheme=scheme(options),
         calibration_calls=unit.calls,
         weight_bytes_before=sum(tensor.nbytes for tensor in tensors.values()),
         weight_bytes_after=sum(memory.values()),
         seconds=unit.seconds,
         memory=memory,
-        kernels={one.linear.name: kernel_of(one, tensors, unit.options) for one in plan.linears},
+        kernels={one.linear.name: kernel_of(one, tensors, options) for one in plan.linears},
         warnings=unit.notes,
     )
 
@@ -69,4 +70,5 @@ def kernel_of(one: LinearPlan, tensors: Mapping[str, Tensor], options: Options) 
     weight = tensors.get(one.linear.weight)
     if one.route == "keep" or weight is None:
         return "own precision"
-    return where(weight.device, options.format, one.route, one.linear.rows)
+    place = here(weight.device, options.format, weight.dtype, one.linear.rows)
+    return choose(one.route, place, options.route).kind
