@@ -65,7 +65,8 @@ def build(model: Model, device: str) -> nn.Module:
                     nn.init.normal_(parameter, std=0.02)
     finally:
         torch.set_default_dtype(default)
-    return built.to(torch.bfloat16).eval().requires_grad_(False)
+    nn.Module.to(built, torch.bfloat16)  # of diffusers' own ``to``, without its warnings
+    return built.eval().requires_grad_(False)
 
 
 def inputs(model: Model, work: Work, device: str) -> Inputs:
