@@ -44,7 +44,6 @@ class _Seen:
     key: tuple[str, ...]
     sums: Tensor  # fp64 [K]
     rows: int
-    total: Tensor  # fp64 [], finite if the input is
     place: int  # among the blocks
     block: Tensor | None  # rows [R, K] for that place
 
@@ -53,7 +52,7 @@ class Observer:
     """Accumulates what ``observe`` sees; the one mutable value between the passes.
 
     Keeps at most ``blocks`` calls with ``rows_per_block`` rows each for every tensor observed, in
-    host memory, and of each call one number per input. Of the current call everything stays on the
+    host memory, and of each call one number per input. What the current call brings stays on its
     GPU, so that nothing waits for it before the call ends. Not thread-safe.
     """
 
@@ -108,25 +107,23 @@ class Observer:
         if not self.calls:
             raise RuntimeError("begin_call comes before observe")
         x = x.reshape(-1, x.shape[-1])
-        key, sums = tuple(weights), sums_of_squares(x)
-        place, rows = self._drawn(key, len(x))
-        block = None
-        if rows is not None:
-            block = x.index_select(0, torch.tensor(rows, dtype=torch.int64, device=x.device))
-        self._current.append(_Seen(key, sums, len(x), sums.sum(), place, block))
+        key = tuple(weights)
+        self._current.append(_Seen(key, sums_of_squares(x), len(x), *self._drawn(key, x)))
         if not x.is_cuda:
             self.end_call()
 
-    def _drawn(self, key: tuple[str, ...], rows: int) -> tuple[int, list[int] | None]:
-        """The place of this observation among the blocks, and the rows it keeps; None: none."""
-        known = len(self._inputs[key].seen) if key in self._inputs else 0
-        number = known + sum(seen.key == key for seen in self._current) + 1
+    def _drawn(self, key: tuple[str, ...], x: Tensor) -> tuple[int, Tensor | None]:
+        """The place of this observation among the blocks, and its rows; None where it has none."""
+        before = len(self._inputs[key].seen) if key in self._inputs else 0
+        number = before + sum(new.key == key for new in self._current) + 1
         draw = random.Random(f"{self._seed}/{key[0]}/{number}")
-        place = draw.randrange(number)
-        place = number - 1 if number <= self._blocks else place
+        drawn = draw.randrange(number)
+        place = number - 1 if number <= self._blocks else drawn
         if place >= self._blocks:
             return place, None
-        return place, sorted(draw.sample(range(rows), min(rows, self._rows)))
+        chosen = sorted(draw.sample(range(len(x)), min(len(x), self._rows)))
+        rows = torch.tensor(chosen, dtype=torch.int64).to(x.device, non_blocking=True)
+        return place, x.index_select(0, rows)
 
     @torch.no_grad()
     def end_call(self) -> None:
@@ -138,31 +135,25 @@ class Observer:
         current, self._current = self._current, []
         if not current:
             return
-        totals = torch.stack([seen.total.to(current[0].total.device) for seen in current])
-        for seen, total in zip(current, totals.tolist(), strict=True):
+        totals = torch.stack([new.sums.sum().to(current[0].sums.device) for new in current])
+        for new, total in zip(current, totals.tolist(), strict=True):  # finite if the input is
             if not math.isfinite(total):
-                name = seen.key[0].removesuffix(".weight")
+                name = new.key[0].removesuffix(".weight")
                 raise Refused(_not_finite(f"the input of {name} in call {self.calls}"))
-        for seen in current:
-            self._take_in(seen)
-
-    def _take_in(self, one: _Seen) -> None:
-        known = self._inputs.setdefault(one.key, _Input(torch.zeros_like(one.sums)))
-        known.sums = known.sums + one.sums.to(known.sums.device)
-        known.rows += one.rows
-        known.seen.append(self.calls)
-        if one.block is not None:
-            known.blocks[one.place : one.place + 1] = [(self.calls, one.block.cpu())]
+        for new in current:
+            seen = self._inputs.setdefault(new.key, _Input(torch.zeros_like(new.sums)))
+            seen.sums = seen.sums + new.sums.to(seen.sums.device)
+            seen.rows += new.rows
+            seen.seen.append(self.calls)
+            if new.block is not None:
+                seen.blocks[new.place : new.place + 1] = [(self.calls, new.block.cpu())]
 
     def finish(self) -> dict[str, Statistics]:
         """What was seen so far, by name of weight; weights that read one tensor share one value."""
         self.end_call()
-        found = {
-            keys: self._statistics([self._inputs[key] for key in keys]) for keys in self._readers()
-        }
-        return {
-            weight: found[keys] for keys, weights in self._readers().items() for weight in weights
-        }
+        readers = self._readers()
+        found = {keys: self._statistics([self._inputs[key] for key in keys]) for keys in readers}
+        return {weight: found[keys] for keys, weights in readers.items() for weight in weights}
 
     def warnings(self) -> tuple[str, ...]:
         """Sentences on what the calls do not cover, for the report."""

@@ -84,14 +84,14 @@ def output_errors(
         chosen = torch.arange(OUTPUTS, device=weight.device) * len(weight) // OUTPUTS
         weight = weight.index_select(0, chosen)
     weight = weight.to(dtype)
-    rows = rows.to(weight.device).to(dtype)
+    rows = rows.to(weight.device, non_blocking=True).to(dtype)
     exact = rows @ weight.T
 
     def energy(order: Tensor | None) -> Tensor:
         """Of what is lost."""
         x, w = rows, weight
         if order is not None:
-            order = order.to(weight.device)
+            order = order.to(weight.device, non_blocking=True)
             x, w = x.index_select(1, order), w.index_select(1, order)
         x = format.fake(format.pad(x)) if quantise_rows else format.pad(x)
         return (x @ format.fake(format.pad(w)).T).sub_(exact).double().square().sum()

@@ -5,14 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from passes.accept import accept
 from passes.judge import OUTPUTS, output_errors
@@ -21,6 +19,7 @@ from pq_compile.formats import FORMATS
 from pq_compile.options import Options
 from pq_compile.permutation import Permutation
 from pq_compile.plan import Axis, Group, Groups, Linear, Plan, Segment, Statistics, Verdict
+from tests.watching import Waits
 
 PERMUQUANT = Options(recipe="permuquant")
 
@@ -165,16 +164,6 @@ def test_judging_changes_neither_weights_nor_rows() -> None:
     output_errors(rows, weight, [None, channels(order)], FORMATS["nvfp4"], quantise_rows=True)
     assert torch.equal(rows, kept[0])
     assert torch.equal(weight, kept[1])
-
-
-class Waits(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the times that a number is asked of the device."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **kwargs or {})
 
 
 def test_judging_many_orders_asks_no_number_of_any_one() -> None:

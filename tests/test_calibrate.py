@@ -11,6 +11,8 @@ from torch import Tensor
 from passes.calibrate import Observer
 from passes.split import conditioning, split
 from pq_compile.errors import Refused
+from pq_compile.plan import Statistics
+from tests.watching import Waits
 
 
 def latents(seed: int, *shape: int) -> Tensor:
@@ -267,6 +269,64 @@ def test_nan_and_inf_are_refused_with_the_culprit(bad: float) -> None:
     with pytest.raises(Refused, match=r"the input of blocks\.0\.to_q in call 1 holds NaN or Inf"):
         observer.observe(x, ["blocks.0.to_q.weight", "blocks.0.to_k.weight"])
     assert observer.finish() == {}
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is observed stays where it is until the call ends."""
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+
+
+def observed_twice(observer: Observer, calls: int) -> dict[str, Statistics]:
+    """Two inputs a call, one of them read at two places."""
+    for number in range(calls):
+        observer.begin_call({})
+        for shift, weights in enumerate((["q", "k"], ["w"], ["w", "v"], ["q", "k"])):
+            observer.observe(latents(10 * number + shift, 9, 2), weights)
+    return observer.finish()
+
+
+def test_what_is_taken_in_at_the_end_of_a_call_is_the_same(
+    request: pytest.FixtureRequest,
+) -> None:
+    """More calls than blocks: the draws know of the observations that are not taken in yet."""
+    at_once = observed_twice(Observer(seed=1, blocks=5, rows_per_block=3), 12)
+    request.getfixturevalue("as_on_a_gpu")
+    later = observed_twice(Observer(seed=1, blocks=5, rows_per_block=3), 12)
+    assert later.keys() == at_once.keys()
+    for name, one in later.items():
+        assert torch.equal(one.second_moment, at_once[name].second_moment)
+        assert torch.equal(one.fit, at_once[name].fit)
+        assert torch.equal(one.held_out, at_once[name].held_out)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_a_gpu_is_waited_for_once_a_call() -> None:
+    observer = Observer(seed=0)
+    observer.begin_call({})
+    with Waits() as waits:  # type: ignore[no-untyped-call]
+        for n in range(9):
+            observer.observe(latents(n, 9, 2), [f"w{n}"])
+        assert waits.count == 0
+        observer.end_call()
+    assert waits.count <= 1
+    assert len(observer.finish()) == 9
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("ended_by", ["end_call", "begin_call", "finish", "warnings"])
+def test_a_call_that_held_nan_on_a_gpu_is_refused_at_its_end_and_forgotten(ended_by: str) -> None:
+    observer = Observer(seed=0)
+    observer.begin_call({})
+    observer.observe(torch.ones(3, 4), ["good.weight"])
+    observer.observe(torch.full((3, 4), float("nan")), ["blocks.0.to_q.weight", "k.weight"])
+    observer.observe(torch.ones(3, 4), ["later.weight"])
+    with pytest.raises(Refused, match=r"the input of blocks\.0\.to_q in call 1 holds NaN or Inf"):
+        getattr(observer, ended_by)(*([{}] if ended_by == "begin_call" else []))
+    assert observer.finish() == {}
+    observer.begin_call({})
+    observer.observe(torch.ones(3, 4), ["good.weight"])
+    assert observer.finish()["good.weight"].rows == 3
 
 
 def test_infinities_that_cancel_are_still_refused() -> None:
