@@ -38,6 +38,11 @@ class Model:
         given = zip(self.blocks, counts, strict=False)
         return replace(self, config={**self.config, **{k: n for k, n in given if n is not None}})
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What differs from the defaults, and how many blocks there are."""
+        return {**{name: _config(self, name) for name in self.blocks}, **self.config}
+
 
 @dataclass(frozen=True)
 class Work:

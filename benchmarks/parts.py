@@ -95,7 +95,7 @@ def compare(
     record: Record = {
         "model": model.name,
         "source": model.source,
-        "config": dict(model.config),
+        "config": model.settings,
         "resolution": work.resolution,
         "batch": work.batch,
         "text_tokens": model.text,
@@ -185,7 +185,8 @@ def _scaling(settings: Settings, results: Results) -> None:
 
     def save(record: Record) -> None:
         found.append(record)
-        results.part("scaling", {"config": dict(settings.flux.config), "sides": found})
+        about = {"model": settings.flux.name, "config": settings.flux.settings}
+        results.part("scaling", about | {"sides": found})
 
     sides = settings.every_side(("inductor", "permuquant"))
     dynamic = None if settings.static else True

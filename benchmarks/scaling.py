@@ -33,7 +33,7 @@ def measure(
     model: Model,
     protocol: Protocol,
     device: str,
-    works: Sequence[Work] = WORKS,
+    works: Sequence[Work] | None = None,
     saved: Callable[[Record], None] = lambda record: None,
 ) -> list[Record]:
     """A record for each side; ``saved`` is called after every one."""
@@ -41,7 +41,7 @@ def measure(
     for side in sides:
         start = time.perf_counter()
         with own_world(side, protocol):
-            record = _side(side, model, protocol, device, works)
+            record = _side(side, model, protocol, device, works or WORKS)
         record["took_s"] = time.perf_counter() - start
         records.append(record)
         saved(record)

@@ -49,15 +49,19 @@ def cell(value: object) -> str:
     return str(value)
 
 
+BLOCKS = (("num_layers", "blocks"), ("num_single_layers", "single blocks"), ("n_layers", "blocks"))
+
+
+def model(group: Record) -> str:
+    """A model and how many blocks it has here."""
+    config = group["config"]
+    counts = [f"{config[name]} {word}" for name, word in BLOCKS if name in config]
+    return f"{group['model']} ({', '.join(counts)})"
+
+
 def title(group: Record) -> str:
-    """Which model, of how many blocks, and which step."""
-    blocks = [
-        f"{group['config'][name]} {word} blocks"
-        for name, word in (("num_layers", "double"), ("num_single_layers", "single"))
-        if name in group["config"]
-    ]
-    model = ", ".join([group["model"], *blocks])
-    return f"{model}, {group['resolution']} px, batch {group['batch']}"
+    """Which model and which step."""
+    return f"{model(group)}, {group['resolution']} px, batch {group['batch']}"
 
 
 def base(group: Record, key: str = "wall_ms") -> float | None:
