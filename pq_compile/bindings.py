@@ -6,7 +6,7 @@ of them at once, in C:
     are they the same objects?    by weak references: nothing here keeps a model alive
     was a released one changed?   none was, as long as ``last_change()`` is the same object
     was a kept one changed?       ``values_key`` of those that something else serves for
-    did the unit change?          it forgets all its ``Serving`` then
+    did the unit change?          it drops its ``serving`` then, and with it what served so far
 """
 
 from __future__ import annotations

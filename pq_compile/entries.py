@@ -54,7 +54,7 @@ class Maker:
             if name in self.dense:
                 restore(tensor)
             original = values(tensor)
-            reordered = self.fold(name, original)
+            reordered = _laid_out_as(original, self.fold(name, original))
             folded = None if reordered is original or name not in self.dense else reordered
             packed = self._pack(name, reordered) if name in self.packed else None
         if packed is not None and name not in self.dense and self._may_release(tensor):
@@ -86,7 +86,7 @@ class Maker:
 
     def _pack(self, name: str, weight: Tensor) -> tuple[Tensor, ...]:
         format_ = FORMATS[self.options.format]
-        packed = format_.quantize_by_rows(format_.pad(weight))
+        packed = format_.quantize_by_rows(format_.pad(weight.contiguous()))
         if not bool(packed[1].to(torch.float32).isfinite().all()):  # the scales say it
             raise Refused(
                 f"permuquant: the weight {name} holds NaN or Inf; load its real values first"
@@ -95,3 +95,12 @@ class Maker:
 
     def _may_release(self, tensor: Tensor) -> bool:
         return self.options.release_weights != "keep" and releasable(tensor)
+
+
+def _laid_out_as(original: Tensor, reordered: Tensor) -> Tensor:
+    """``reordered`` in the strides of ``original``, which compiled graphs take for granted."""
+    if reordered.stride() == original.stride():
+        return reordered
+    return torch.empty_strided(
+        original.shape, original.stride(), dtype=original.dtype, device=original.device
+    ).copy_(reordered)

@@ -68,7 +68,7 @@ class Unit:
         self.passes = passes
         self.lock = threading.RLock()
         self.calls = 0
-        self.serving: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # binding -> its Serving
+        self.serving: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # of bindings; see there
         self.merged_away = False
         self.failure: str | None = None
         self.plan: Plan | None = None
@@ -154,7 +154,7 @@ class Unit:
         self.notes += tuple(f"order given up: {culprit}" for culprit in culprits)
         for name in moved | asked:
             self._entries.pop(name, None)
-        self._changed()
+        self.serving = WeakKeyDictionary()
 
     def _refuse_if_dropped(
         self, names: Iterable[str], tensors: Mapping[str, Tensor], how: str
@@ -184,7 +184,7 @@ class Unit:
             self.plan, self.orders, self.failure = plan, plan.orders, None
             self.notes = self.observer.warnings()
             self.observer = self.passes.observer(self.options.seed)  # lets the rows go
-            self._changed()
+            self.serving = WeakKeyDictionary()
             self.seconds = {"plan": planned - start, "pack": time.perf_counter() - planned}
             self.passes.frozen(self, seen)
             log.info("frozen: %d linears, %s", len(plan.linears), self.seconds)
@@ -212,7 +212,7 @@ class Unit:
             self.plan, self.orders, self._entries, self.calls = None, {}, {}, 0
             self.failure, self.notes = None, ()
             self.observer = self.passes.observer(self.options.seed)
-            self._changed()
+            self.serving = WeakKeyDictionary()
 
     # ---------------------------------------------------------------- serve
 
@@ -225,12 +225,8 @@ class Unit:
             maker = self._maker(self.orders)
             entry = self._entries[name] = maker.entry(name, tensor)
             maker.drop_backups([tensor])
-            self._changed()
+            self.serving = WeakKeyDictionary()
             return entry
-
-    def _changed(self) -> None:
-        """Every graph looks its parameters up again; until then none holds on to old tensors."""
-        self.serving = WeakKeyDictionary()
 
     def refresh(self) -> None:
         """Pack again, at the next call, every weight whose original is still at hand."""
@@ -238,7 +234,7 @@ class Unit:
             for name, tensor in self.parameters().items():
                 if readable(tensor):
                     self._entries.pop(name, None)
-            self._changed()
+            self.serving = WeakKeyDictionary()
 
     def served(self) -> dict[str, tuple[Tensor, ...]]:
         """What serves in place of parameters, by name; those that serve as they are left out."""
