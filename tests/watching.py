@@ -32,17 +32,22 @@ class Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = {storage._cdata for storage in _storages((args, kwargs))}
         result = func(*args, **kwargs or {})
+        self.alive()
+        for storage in _storages(result):
+            if storage._cdata not in given:
+                reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+                self._alive.setdefault(storage._cdata, (reference, storage.nbytes()))
+        self.peak = max(self.peak, self.alive())
+        return result
+
+    def alive(self) -> int:
+        """Bytes of it that are still there."""
         self._alive = {
             key: (reference, size)
             for key, (reference, size) in self._alive.items()
             if not reference.expired()  # type: ignore[no-untyped-call]
         }
-        for storage in _storages(result):
-            if storage._cdata not in given:
-                reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-                self._alive.setdefault(storage._cdata, (reference, storage.nbytes()))
-        self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
-        return result
+        return sum(size for _, size in self._alive.values())
 
 
 def _storages(tree: Any) -> list[torch.UntypedStorage]:
