@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pq_compile import row_kernels, scratch
+from pq_compile import ops, scratch
 from pq_compile.rows import Program, parse
 
 from . import timing
@@ -38,9 +38,25 @@ PROGRAMS = {
 }
 """What is computed of the rows before they are quantised: the producers of a FLUX block."""
 
-TARGETS = ("fp8", "nvfp4_fp8", "nvfp4_half", "nvfp4")
-MATRICES = ((9216, 3072), (12288, 3072), (3072, 15360), (3072, 3072))
-"""Weights [N, K] that are decoded."""
+CASES = (
+    *((name, "fp8", 4608) for name in PROGRAMS),
+    ("norm + modulate", "fp8", 512),
+    *(
+        (name, target, 4608)
+        for target in ("nvfp4_fp8", "nvfp4_half", "nvfp4")
+        for name in ("norm + modulate", "attention, GELU side by side")
+    ),
+)
+"""(program, what it is quantised to, tokens); all pairs would compile for minutes."""
+
+MATRICES = (
+    (9216, 3072, "fp8"),
+    (12288, 3072, "fp8"),
+    (3072, 15360, "fp8"),
+    (3072, 3072, "fp8"),
+    (9216, 3072, "half"),
+)
+"""Weights [N, K] that are decoded, and to what."""
 
 
 def program(text: str, width: int, target: str) -> Program:
@@ -50,25 +66,24 @@ def program(text: str, width: int, target: str) -> Program:
 
 def measure(
     device: str,
-    rows: Sequence[int] = (4608, 512),
+    cases: Sequence[tuple[str, str, int]] = CASES,
+    matrices: Sequence[tuple[int, int, str]] = MATRICES,
     width: int = WIDTH,
-    matrices: Sequence[tuple[int, int]] = MATRICES,
     large: int = LARGE_COPY,
 ) -> Record:
     """GB/s of every kernel, its share of the large copy's, and of a copy of as many bytes."""
     copy = timing.copy_rate(large, device)
     table = [
-        _row(f"{name} -> {target}", program(text, width, target), m, device, copy)
-        for m in rows
-        for target in (TARGETS if m == rows[0] else TARGETS[:1])
-        for name, text in PROGRAMS.items()
+        _row(f"{name} -> {target}", program(PROGRAMS[name], width, target), tokens, device, copy)
+        for name, target, tokens in cases
     ]
-    for n, k in matrices:
-        table += [_decoded(n, k, precision, device, copy) for precision in ("fp8", "half")]
+    table += [_decoded(n, k, precision, device, copy) for n, k, precision in matrices]
     return {"copy_gb_per_s": copy, "copy_bytes": large, "kernels": table}
 
 
 def _row(name: str, of: Program, m: int, device: str, copy: float) -> Record:
+    text = str(of)
+
     def fresh() -> list[Tensor]:
         return [
             torch.randn(1, m if kind == "row" else 1, width, device=device).to(torch.bfloat16)
@@ -76,7 +91,7 @@ def _row(name: str, of: Program, m: int, device: str, copy: float) -> Record:
         ]
 
     def call(given: list[Tensor]) -> Callable[[], list[Tensor]]:
-        return lambda: row_kernels.run(of, given)
+        return lambda: ops.rows(given, text)
 
     return _record(name, [m, of.width], fresh, call, device, copy)
 

@@ -23,9 +23,9 @@ text { font: 13px system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", s
 .rule { stroke: var(--soft); stroke-dasharray: 3 3; } .axis { stroke: var(--line); }
 """
 
-WIDTH, LEFT, RIGHT, MARGIN = 900, 230, 190, 22
+WIDTH, RIGHT, MARGIN = 900, 190, 22
 BAR, STEP, THIN, THIN_STEP = 18, 26, 11, 15
-CHARACTER = 7.0
+CHARACTER = 7.6
 SUBTITLE = 128  # characters of a line
 HUES = 8
 
@@ -50,9 +50,31 @@ class Group:
     bars: Mapping[str, float | None]
 
 
+@dataclass(frozen=True)
+class Frame:
+    """Where bars begin, and which value fills the width."""
+
+    left: float
+    top: float
+
+    def wide(self, value: float) -> float:
+        return (WIDTH - self.left - RIGHT) * value / self.top
+
+    def label(self, text: str, y: float) -> str:
+        at = self.left - 10
+        return f'<text text-anchor="end" x="{at:.0f}" y="{y:.0f}">{escape(text)}</text>'
+
+
+def framed(labels: Sequence[str], top: float) -> Frame:
+    """Room for the longest label."""
+    longest = max(map(len, labels), default=0)
+    return Frame(max(180.0, MARGIN + 10 + CHARACTER * longest), top or 1.0)
+
+
 def stacked(title: str, subtitle: str, rows: Sequence[Row], names: Sequence[str]) -> str:
     """One bar a row, its parts in the order and colours of ``names``."""
-    top = max((sum(row.parts.values()) for row in rows), default=0.0) or 1.0
+    top = max((sum(row.parts.values()) for row in rows), default=0.0)
+    frame = framed([row.label for row in rows if row.parts], top)
     y = _header(subtitle, names)
     body: list[str] = []
     for row in rows:
@@ -60,15 +82,16 @@ def stacked(title: str, subtitle: str, rows: Sequence[Row], names: Sequence[str]
             body.append(f'<text class="head" x="{MARGIN}" y="{y + 18}">{escape(row.label)}</text>')
             y += STEP
             continue
-        body.append(_label(row.label, y + BAR - 4))
-        x = float(LEFT)
+        body.append(frame.label(row.label, y + BAR - 4))
+        x = frame.left
         for i, name in enumerate(names):
             value = row.parts.get(name, 0.0)
-            body.append(_bar(x, y, _wide(value, top), BAR, i, f"{row.label}, {name}: {value:.4g}"))
-            x += _wide(value, top)
+            said = f"{row.label}, {name}: {value:.4g}"
+            body.append(_bar(x, y, frame.wide(value), BAR, i, said))
+            x += frame.wide(value)
         body.append(_number(x, y + BAR - 4, row.note))
         y += STEP
-    return _page(title, subtitle, names, body, y)
+    return _page(title, subtitle, names, body, y, frame)
 
 
 def grouped(
@@ -81,28 +104,29 @@ def grouped(
     """A bar for each series of each group; ``rule`` draws a line at a value, with its name."""
     names = list(dict.fromkeys(name for group in groups for name in group.bars))
     values = [v for group in groups for v in group.bars.values() if v is not None]
-    top = max([*values, rule[0] if rule else 0.0]) or 1.0
+    frame = framed([g.label for g in groups], max([*values, rule[0] if rule else 0.0]))
     shown = names if len(names) > 1 else []
     first = y = _header(subtitle, shown) + (14 if rule else 0)
     body: list[str] = []
     for group in groups:
         bars = [(names.index(name), name, v) for name, v in group.bars.items() if v is not None]
         middle = y + len(bars) * THIN_STEP / 2 + 3
-        body.append(_label(group.label, middle))
+        body.append(frame.label(group.label, middle))
         for i, name, value in bars:
             said = f"{group.label}, {name}: {value:.4g} {unit}"
-            body.append(_bar(LEFT, y, _wide(value, top), THIN, i, said))
-            body.append(_number(LEFT + _wide(value, top), y + THIN - 1, f"{_short(value)} {unit}"))
+            body.append(_bar(frame.left, y, frame.wide(value), THIN, i, said))
+            x = frame.left + frame.wide(value)
+            body.append(_number(x, y + THIN - 1, f"{_short(value)} {unit}"))
             y += THIN_STEP
         y += 8
     if rule:
-        x = LEFT + _wide(rule[0], top)
+        x = frame.left + frame.wide(rule[0])
         body.append(f'<path class="rule" d="M{x:.1f} {first - 4}V{y - 6}"/>')
         body.append(
             f'<text class="soft" text-anchor="middle" x="{x:.1f}" y="{first - 8}">'
             f"{escape(rule[1])}</text>"
         )
-    return _page(title, subtitle, shown, body, y)
+    return _page(title, subtitle, shown, body, y, frame)
 
 
 def _header(subtitle: str, names: Sequence[str]) -> int:
@@ -124,7 +148,7 @@ def _legend_rows(names: Sequence[str]) -> list[list[tuple[int, float, str]]]:
     rows: list[list[tuple[int, float, str]]] = []
     x = float(WIDTH)
     for i, name in enumerate(names):
-        wide = 24 + CHARACTER * len(name) + 10
+        wide = 24 + CHARACTER * len(name) + 18
         if x + wide > WIDTH - MARGIN:
             rows.append([])
             x = float(MARGIN)
@@ -134,7 +158,12 @@ def _legend_rows(names: Sequence[str]) -> list[list[tuple[int, float, str]]]:
 
 
 def _page(
-    title: str, subtitle: str, names: Sequence[str], body: Sequence[str], bottom: float
+    title: str,
+    subtitle: str,
+    names: Sequence[str],
+    body: Sequence[str],
+    bottom: float,
+    frame: Frame,
 ) -> str:
     height = bottom + 14
     parts = [
@@ -153,12 +182,8 @@ def _page(
             parts.append(_bar(x, y - 6, 14, 12, i, name))
             parts.append(f'<text x="{x + 20:.0f}" y="{y + 5}">{escape(name)}</text>')
         y += 20
-    axis = f'<path class="axis" d="M{LEFT} {y - 6}V{bottom - 4:.0f}"/>'
+    axis = f'<path class="axis" d="M{frame.left:.0f} {y - 6}V{bottom - 4:.0f}"/>'
     return "\n".join([*parts, axis, *body, "</svg>"]) + "\n"
-
-
-def _wide(value: float, top: float) -> float:
-    return (WIDTH - LEFT - RIGHT) * value / top
 
 
 def _bar(x: float, y: float, wide: float, high: int, hue: int, said: str) -> str:
@@ -166,10 +191,6 @@ def _bar(x: float, y: float, wide: float, high: int, hue: int, said: str) -> str
         f'<rect x="{x:.1f}" y="{y:.1f}" width="{max(wide, 0):.1f}" height="{high}" '
         f'style="fill: var(--h{hue % HUES})"><title>{escape(said)}</title></rect>'
     )
-
-
-def _label(text: str, y: float) -> str:
-    return f'<text text-anchor="end" x="{LEFT - 10}" y="{y:.0f}">{escape(text)}</text>'
 
 
 def _number(x: float, y: float, text: str) -> str:

@@ -106,11 +106,8 @@ def scaling(records: Sequence[Record]) -> str | None:
             if side["works"][i:]
         }
         groups.append(Group(f"{of['resolution']} px, batch {of['batch']}", took))
-    blocks = record["parts"]["scaling"]["config"]
-    count = (
-        f"{blocks.get('num_layers', 19)} double and {blocks.get('num_single_layers', 38)} single"
-    )
-    subtitle = f"FLUX.1-dev with {count} blocks, one step, wall clock. {where(record)}"
+    model = tables.model(record["parts"]["scaling"])
+    subtitle = f"{model}, one step, wall clock. {where(record)}"
     return charts.grouped("Resolutions and batches", subtitle, groups, "ms")
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pq_compile import ops, products
+from pq_compile import ops
 
 from . import fp8, timing
 from .operands import Packed, Shape, bytes_of, dense, rows, weight
@@ -57,15 +57,19 @@ def _fp8(x: Tensor, w: Packed, bias: Tensor) -> Callable[[], object]:
     )
 
 
+def _matmul(a: list[Tensor], w: Packed, bias: Tensor, kind: str) -> Tensor:
+    return ops.matmul(a, [w[0]], [w[1]], [w[2]], [bias], kind, torch.bfloat16)
+
+
 def _scratch_fp8(x: Tensor, w: Packed, bias: Tensor) -> Callable[[], object]:
     """Rows in fp8 before; the weight decoded to fp8 each time."""
     a = list(fp8.by_rows(x))
-    return lambda: products.multiply(a, [w], [bias], "fp8", torch.bfloat16)
+    return lambda: _matmul(a, w, bias, "fp8")
 
 
 def _scratch_half(x: Tensor, w: Packed, bias: Tensor) -> Callable[[], object]:
     """Rows as 16-bit operands before; the weight decoded exactly each time; the sums in fp32."""
-    return lambda: products.multiply([x], [w], [bias], "half", torch.bfloat16)
+    return lambda: _matmul([x], w, bias, "half")
 
 
 ROUTES: dict[str, Route] = {

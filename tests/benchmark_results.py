@@ -66,6 +66,7 @@ def sample() -> Record:
     """One record with every part; blocks as in FLUX.1-dev."""
     flux = {"guidance_embeds": True, "num_layers": 19, "num_single_layers": 38}
     kernel = {"kernel": "GELU -> fp8", "shape": [4608, 12288], "us": 50.0, "bytes": 10**8}
+    residual = "gate * y + residual + norm + modulate -> nvfp4_fp8"
     rate = {"gb_per_s": 3000.0, "share_of_copy": 0.8, "share_of_equal_copy": 0.9}
     names = ("bf16 cuBLAS", "permuquant")
     return {
@@ -97,7 +98,7 @@ def sample() -> Record:
             "bandwidth": {
                 "copy_gb_per_s": 3900.0,
                 "copy_bytes": 2 << 30,
-                "kernels": [kernel | rate],
+                "kernels": [kernel | rate, kernel | rate | {"kernel": residual}],
             },
         },
         "skipped": {},

@@ -35,8 +35,7 @@ from benchmarks.__main__ import main, run
 from benchmarks.models import Work
 from benchmarks.operands import Shape
 from benchmarks.parts import Settings
-from pq_compile import products as products_of_ours
-from pq_compile import row_kernels, rows, scratch
+from pq_compile import scratch
 from tests.benchmark_results import group, sample, side
 
 Record = dict[str, Any]
@@ -323,21 +322,12 @@ def test_fp8_linears_follow_the_row_wise_recipe() -> None:
     assert (a.float() * a_scale - x.reshape(-1, 64).float()).abs().max() < 0.07 * x.abs().max()
 
 
-@pytest.fixture
-def by_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products_of_ours, "multiply", products_of_ours.reference)
-    monkeypatch.setattr(row_kernels, "run", rows.reference)
-    monkeypatch.setattr(scratch, "decode", scratch.decode_reference)
-
-
-@pytest.mark.usefixtures("by_reference")
 def test_every_route_of_a_product_is_timed() -> None:
     (found,) = products.gemm("cpu", [Shape(32, 64, 48)], 1)
     assert set(found["tflops"]) == set(products.ROUTES)
     assert "missing" not in found
 
 
-@pytest.mark.usefixtures("by_reference")
 def test_a_route_that_a_device_lacks_is_left_out_with_its_reason(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -356,9 +346,11 @@ def test_modulation_is_timed_beside_bf16() -> None:
     assert found["ratio"] == pytest.approx(found["us"]["bf16 cuBLAS"] / found["us"]["permuquant"])
 
 
-@pytest.mark.usefixtures("by_reference")
-def test_bytes_count_each_input_and_each_output_once() -> None:
-    found = bandwidth.measure("cpu", (8, 4), 48, ((32, 64),), 1 << 20)
+def test_bytes_count_each_input_and_each_output_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scratch, "decode", scratch.decode_reference)
+    cases = [("norm + modulate", "fp8", 8), ("GELU", "fp8", 4), ("norm + modulate", "nvfp4", 8)]
+    cases += [(name, "fp8", 2) for name in bandwidth.PROGRAMS]
+    found = bandwidth.measure("cpu", cases, ((32, 64, "half"),), 48, 1 << 20)
     by_name = {(one["kernel"], one["shape"][0]): one["bytes"] for one in found["kernels"]}
     sample_bytes = 2 * 48 * 2  # scale and shift
     assert by_name["norm + modulate -> fp8", 8] == 8 * 48 * (2 + 1) + 8 * 4 + sample_bytes
@@ -400,12 +392,14 @@ LABELS = {
 def test_a_figure_is_valid_and_names_everything_it_shows(name: str) -> None:
     svg = figures.draw([sample()])[name]
     root = ElementTree.fromstring(svg)
-    shown = " | ".join(
-        "".join(node.itertext()) for node in root.iter() if node.tag.endswith("text")
-    )
+    texts = [node for node in root.iter() if node.tag.endswith("text")]
+    shown = " | ".join("".join(node.itertext()) for node in texts)
     for label in LABELS[name]:
         assert label in shown
     right = float(root.attrib["width"])
+    for node in texts:
+        if node.get("text-anchor") == "end":
+            assert 7.4 * len("".join(node.itertext())) < float(node.attrib["x"])
     for node in root.iter():
         if node.tag.endswith("rect"):
             assert float(node.attrib["x"]) + float(node.attrib["width"]) <= right
