@@ -58,7 +58,8 @@ def linear(
     if x.numel() == 0 or packed.numel() == 0:
         how = routes.Route("reference", scheme, "reference")
     else:
-        how = routes.choose(scheme, routes.here(x.device, format, x.dtype, len(rows)), route)
+        few = min(rows.shape[0], routes.MANY_ROWS + 1)
+        how = routes.at(x.device, format, x.dtype, few, scheme, route)
     match how.kind:
         case "reference":
             y = reference(of, scheme, rows, weight, bias)
@@ -68,16 +69,16 @@ def linear(
             y = products.multiply([NVFP4.pad(rows)], [weight], biases, how.kind, x.dtype)
         case _:
             given = NVFP4.pad(rows.to(kernels.narrow(x.dtype)))
-            program = parse(f"row {given.shape[1]} | {how.target} 0")
-            a = row_kernels.run(program, [given])
+            a = row_kernels.run(f"row {given.shape[1]} | {how.target} 0", [given])
             y = products.multiply(a, [weight], biases, how.kind, x.dtype)
     return y.view(*x.shape[:-1], packed.shape[0])
 
 
 def rows(inputs: Sequence[Tensor], program: str) -> list[Tensor]:
     """``rows.reference`` of the program spelled ``program``: quantised rows, then values kept."""
-    how = row_kernels.run if inputs[0].is_cuda else rows_reference
-    return how(parse(program), inputs)
+    if inputs[0].is_cuda:
+        return row_kernels.run(program, inputs)
+    return rows_reference(parse(program), inputs)
 
 
 def matmul(

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from . import kernels, row_kernels, scratch
 from .formats import NVFP4
-from .rows import parse
 from .scratch import Weight
 
 
@@ -62,6 +61,6 @@ def _finished(y: Tensor, column: Tensor, bias: Tensor | None, dtype: torch.dtype
     n, word = y.shape[1], str(dtype).removeprefix("torch.")
     if bias is None:
         program = f"row {n} | sample {n} | mul 0 1 | keep 2 {word} | none"
-        return row_kernels.run(parse(program), [y, column])[0]
+        return row_kernels.run(program, [y, column])[0]
     program = f"row {n} | sample {n} | sample {n} | mul 0 1 | add 3 2 | keep 4 {word} | none"
-    return row_kernels.run(parse(program), [y, column, bias])[0]
+    return row_kernels.run(program, [y, column, bias])[0]

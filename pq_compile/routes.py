@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -91,6 +92,14 @@ def choose(scheme: str, where: Where, wish: str = "auto") -> Route:
     if scheme == "w4a16" and where.rows is not None and where.rows <= MANY_ROWS:
         rows = [row for row in rows if row.kind != "half"] or rows
     return next((row for row in rows if row.name == wish), rows[0])
+
+
+@cache
+def at(
+    device: torch.device, format: str, dtype: torch.dtype, rows: int, scheme: str, wish: str
+) -> Route:
+    """``choose`` for a tensor on ``device``; looked up, as it is asked at every call."""
+    return choose(scheme, here(device, format, dtype, rows), wish)
 
 
 def here(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -14,14 +15,14 @@ import torch
 import triton
 from torch import Tensor
 
-from .generated import function
+from .generated import Launch, function, remember
 from .row_text import Phase, RowKernel, source
-from .rows import Program, Target
+from .rows import Program, Target, parse
 
 WAVES = 8
 """Instances an SM is given at least, before one takes more rows."""
 
-MOST_ROWS = 8
+MOST_ROWS = 4
 
 
 @cache
@@ -30,47 +31,96 @@ def load(kernel: RowKernel) -> Any:
     return function(kernel.name, source(kernel))
 
 
-@cache
-def tuned(program: Program, phase: Phase, rows: int, instruction: bool, processors: int) -> RowKernel:
+def tuned(program: Program, phase: Phase, rows: int, device: torch.device) -> RowKernel:
     """How many rows an instance takes and how many warps hold them, for ``rows`` in all."""
     widest = max(program.width, *program.widths)
-    warps = 4 if widest <= 4096 else 8 if widest <= 8192 else 16
+    warps = 4 if widest <= 4096 else 8 if widest <= 16384 else 16
+    processors, instruction = 1, False
+    if device.type == "cuda":
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+        instruction = torch.cuda.get_device_capability(device) >= (8, 9)
     each = 1
     while each < MOST_ROWS and rows >= 2 * each * WAVES * processors:
         each *= 2
     return RowKernel(program, phase, each, warps, instruction)
 
 
-def run(program: Program, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """``rows.reference`` on a CUDA device (or by Triton's interpreter); same shapes and dtypes.
+@dataclass(frozen=True)
+class Plan:
+    """How a program runs on inputs of given shapes and strides: everything but the tensors."""
 
-    Inputs need a last dimension of stride 1, or are copied. Codes equal the reference's but where
-    the fp32 arithmetic of the steps, in another order, falls on the other side of a tie.
+    program: Program
+    lead: tuple[int, ...]
+    copied: tuple[int, ...]  # inputs whose last dimension has gaps
+    strides: tuple[tuple[int, int], ...]  # of each input over samples and rows; 0 where shared
+    rows: int  # of a sample
+    launches: tuple[Launch, ...]  # one for each phase
+
+
+_PLANS: dict[Any, Plan] = {}
+
+
+def run(text: str, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """``rows.reference`` of the program spelled ``text`` on a CUDA device (or by Triton's
+    interpreter); same shapes and dtypes.
+
+    Codes equal the reference's but where the fp32 arithmetic of the steps, in another order, falls
+    on the other side of a tie.
     """
-    lead = torch.broadcast_shapes(*(x.shape[:-1] for x in inputs))
-    x = inputs[0]
-    samples, rows = (1, lead[0]) if len(lead) == 1 else (math.prod(lead[:-1]), lead[-1])
-    results = outputs(program, lead, x)
-    if samples * rows == 0:
+    key = (text, inputs[0].device, *((x.shape, x.stride(), x.dtype) for x in inputs))
+    plan = _PLANS.get(key)
+    if plan is None:
+        plan = remember(_PLANS, key, _plan(parse(text), inputs))
+    results = outputs(plan.program, plan.lead, inputs[0])
+    if not plan.launches:
         return results
-    split = len(results) - len(program.kept)
+    given: list[Tensor | int] = []
+    for i, (x, strides) in enumerate(zip(inputs, plan.strides, strict=True)):
+        given += (x.contiguous() if i in plan.copied else x, *strides)
+    split = len(results) - len(plan.program.kept)
     quantised, kept = results[:split], results[split:]
-    given = [part for one in inputs for part in _strided(one, len(lead) + 1)]
-    on_gpu = x.is_cuda
-    how = (
-        samples * rows,
-        on_gpu and torch.cuda.get_device_capability(x.device) >= (8, 9),
-        torch.cuda.get_device_properties(x.device).multi_processor_count if on_gpu else 1,
-    )
-    if program.target in ("fp8", "none"):
-        written = map(_bytes, quantised)
-        _launch(tuned(program, "once", *how), samples, rows, *given, *kept, *written)
+    if len(plan.launches) == 1:
+        plan.launches[0](*given, *kept, *quantised, plan.rows)
         return results
-    peak = torch.zeros((), dtype=torch.int32, device=x.device)
-    _launch(tuned(program, "peak", *how), samples, rows, *given, *kept, peak)
-    codes, scales, tensor = (_bytes(quantised[min(i, split - 1)]) for i in range(3))
-    _launch(tuned(program, "codes", *how), samples, rows, *given, peak, codes, scales, tensor)
+    peak = torch.zeros((), dtype=torch.int32, device=inputs[0].device)
+    plan.launches[0](*given, *kept, peak, plan.rows)
+    three = (quantised[0], quantised[1], quantised[-1])
+    plan.launches[1](*given, peak, *three, plan.rows)
     return results
+
+
+def _plan(program: Program, inputs: Sequence[Tensor]) -> Plan:
+    lead = tuple(torch.broadcast_shapes(*(x.shape[:-1] for x in inputs)))
+    samples, rows = (1, lead[0]) if len(lead) == 1 else (math.prod(lead[:-1]), lead[-1])
+    copied = tuple(i for i, x in enumerate(inputs) if x.stride(-1) != 1 and x.shape[-1] != 1)
+    like = [torch.empty(x.shape, device="meta") if i in copied else x for i, x in enumerate(inputs)]
+    strides = tuple(_strides(x, len(lead) + 1) for x in like)
+    phases: tuple[Phase, ...] = ("peak", "codes")
+    if program.target in ("fp8", "none"):
+        phases = ("once",)
+    device = inputs[0].device
+    kernels = [tuned(program, phase, samples * rows, device) for phase in phases]
+    launches = [
+        Launch(
+            load(kernel),
+            (triton.cdiv(rows, kernel.rows), samples),
+            num_warps=kernel.warps,
+            # NOTE without the instruction, a fused multiply-add would round a scale of NVFP4 once
+            # where its definition rounds twice
+            enable_fp_fusion=kernel.instruction,
+        )
+        for kernel in kernels
+        if samples * rows
+    ]
+    return Plan(program, lead, copied, strides, rows, tuple(launches))
+
+
+def _strides(x: Tensor, rank: int) -> tuple[int, int]:
+    """The steps of an input over samples and rows: 0 where it is shared."""
+    sizes = (1,) * (rank - x.ndim) + tuple(x.shape)
+    steps = (0,) * (rank - x.ndim) + x.stride()
+    sample = steps[0] if rank == 3 and sizes[0] != 1 else 0
+    return sample, steps[-2] if sizes[-2] != 1 else 0
 
 
 def outputs(program: Program, lead: Sequence[int], x: Tensor) -> list[Tensor]:
@@ -89,28 +139,3 @@ def outputs(program: Program, lead: Sequence[int], x: Tensor) -> list[Tensor]:
     }
     kept = [((*lead, program.widths[value]), dtype) for value, dtype in program.kept]
     return [x.new_empty(shape, dtype=dtype) for shape, dtype in [*quantised[program.target], *kept]]
-
-
-def _bytes(x: Tensor) -> Tensor:
-    """Kernels write the codes of e4m3 numbers, not the numbers."""
-    return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
-
-
-def _strided(x: Tensor, rank: int) -> tuple[Tensor, int, int]:
-    """An input, and its strides over samples and rows: 0 where it is shared."""
-    if x.stride(-1) != 1 and x.shape[-1] != 1:
-        x = x.contiguous()
-    sizes = (1,) * (rank - x.ndim) + tuple(x.shape)
-    steps = (0,) * (rank - x.ndim) + x.stride()
-    row = steps[-2] if sizes[-2] != 1 else 0
-    sample = steps[0] if rank == 3 and sizes[0] != 1 else 0
-    return x, sample, row
-
-
-def _launch(kernel: RowKernel, samples: int, rows: int, *arguments: Any) -> None:
-    grid = (triton.cdiv(rows, kernel.rows), samples)
-    x = arguments[0]
-    # NOTE a fused multiply-add would round a scale of NVFP4 once, its definition rounds twice.
-    fuse = kernel.phase == "once" and kernel.instruction
-    with torch.cuda.device(x.device.index if x.is_cuda else -1):
-        load(kernel)[grid](*arguments, rows, num_warps=kernel.warps, enable_fp_fusion=fuse)

@@ -1,7 +1,7 @@
 """The text of the kernels of a row program, generated step by step.
 
-A program instance holds whole rows in registers, a row at a time: a row of 3072 channels is a chunk
-of 2048 and one of 1024, so that no lane is idle. What depends on the sample alone is computed once,
+A program instance holds whole rows in registers, a row at a time: a row of 3072 channels is three
+chunks of 1024, so that no lane is idle. What depends on the sample alone is computed once,
 before the loop over rows. NVFP4 needs the largest magnitude of all rows before the first code can
 be written, so its programs run twice, first for the peak.
 """
@@ -20,8 +20,7 @@ from .rows import FOLD, OPS, SMALLEST_PEAK, Program
 
 Phase = Literal["once", "peak", "codes"]
 TYPES = {torch.float16: "tl.float16", torch.bfloat16: "tl.bfloat16", torch.float32: "tl.float32"}
-NARROWEST = 128
-"""Channels below which a chunk is not split further but masked."""
+GROUP, MOST_CHUNKS = 16, 8
 
 ENCODE_FP8 = {
     True: '''
@@ -54,16 +53,15 @@ SCALE_OF_GROUPS = '''
 @triton.jit
 def scale_of_groups(groups, tensor_scale):
     """Groups [G, 16] -> their e4m3 codes [G], the scales, and the groups over scale and tensor
-    scale; 0 where the scale is 0 or NaN."""
+    scale; 0 where the scale is 0, and of no meaning where it is NaN."""
     bits = tl.max(groups.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
     reciprocal = tl.div_rn(1.0, 6.0 * tensor_scale)
-    code = encode_e4m3(bits.to(tl.float32, bitcast=True) * reciprocal)
+    code = encode_fp8(bits.to(tl.float32, bitcast=True) * reciprocal).to(tl.int32)
     code = tl.where(bits >= 0x7F800000, 0x7F, code)
     scale = decode_e4m3(code).to(tl.float32)
     dead = (code == 0x7F) | (code == 0)
     inverse = tl.div_rn(tl.div_rn(1.0, tensor_scale), tl.where(dead, 1.0, scale))
-    scaled = groups * tl.where(dead, 0.0, inverse)[:, None]
-    return code, scale, tl.where(scaled == scaled, scaled, 0.0)
+    return code, scale, groups * tl.where(dead, 0.0, inverse)[:, None]
 '''
 
 FINITE_PEAK = '''
@@ -89,17 +87,17 @@ class Chunk(NamedTuple):
 
 @cache
 def chunks(width: int) -> tuple[Chunk, ...]:
-    """Powers of two that cover ``width``: at most four, the last of them masked if need be."""
-    found: list[Chunk] = []
-    start = 0
-    while start < width:
-        rest = width - start
-        size = 1 << (rest.bit_length() - 1)
-        if size != rest and (size < NARROWEST or len(found) == 3):
-            size *= 2
-        found.append(Chunk(start, size, min(size, rest)))
-        start += size
-    return tuple(found)
+    """At most ``MOST_CHUNKS`` chunks of one size that cover ``width`` with the fewest idle lanes.
+
+    Of one size, so that they are added lane by lane before the lanes are.
+    """
+
+    def size(count: int) -> int:
+        return max(GROUP, 1 << (-(-width // count) - 1).bit_length())
+
+    count = min(range(1, MOST_CHUNKS + 1), key=lambda n: (-(-width // size(n)) * size(n), n))
+    step = size(count)
+    return tuple(Chunk(at, step, min(step, width - at)) for at in range(0, width, step))
 
 
 @dataclass(frozen=True)
@@ -111,6 +109,8 @@ class RowKernel:
     rows: int = 4  # of one sample, one after the other, by one program instance
     warps: int = 4
     instruction: bool = False  # convert to e4m3 by instruction, which sm_89 and later have
+    ahead: bool = False  # load the next row before this one is computed
+    hoist: bool = True  # keep what all rows of a sample share in registers
 
     @property
     def name(self) -> str:
@@ -144,12 +144,14 @@ def source(kernel: RowKernel) -> str:
 
 def _body(kernel: RowKernel) -> Iterator[str]:
     program = kernel.program
+    if kernel.phase != "peak" and program.target != "none":
+        yield from _pointers(program)
     yield "sample = tl.program_id(1).to(tl.int64)"
     yield f"first = tl.program_id(0) * {kernel.rows}"
     for width in sorted({w for w in program.widths if w > 1}):
         for c, chunk in enumerate(chunks(width)):
             yield f"c{width}_{c} = {chunk.start} + tl.arange(0, {chunk.size})"
-    hoisted = _hoisted(program)
+    hoisted = _hoisted(program) if kernel.hoist else []
     yield from _values(program, hoisted, "sample * x{0}_b")
     if kernel.phase == "peak":
         yield "largest = tl.program_id(0) * 0"
@@ -157,18 +159,41 @@ def _body(kernel: RowKernel) -> Iterator[str]:
         yield "tensor_scale = tensor_scale_of(tl.load(peak).to(tl.float32, bitcast=True))"
         if program.target in ("nvfp4", "nvfp4_half"):
             yield "tl.store(tensor, tensor_scale)"
-    yield f"for row in range(first, tl.minimum(first + {kernel.rows}, T)):"
-    for line in _row(kernel, [i for i in range(len(program.widths)) if i not in hoisted]):
+    yield f"last = tl.minimum(first + {kernel.rows}, T)"
+    rest = [i for i in range(len(program.widths)) if i not in hoisted]
+    if kernel.ahead:
+        loads = [i for i in rest if i < len(program.inputs) and program.inputs[i].kind == "row"]
+        yield from _loads(program, loads, "sample * x{0}_b + (first + sample * 0) * x{0}_t", "n")
+    yield "for row in range(first, last):"
+    for line in _row(kernel, rest):
         yield "    " + line
     if kernel.phase == "peak":
         yield "tl.atomic_max(peak, largest)"
+
+
+def _pointers(program: Program) -> Iterator[str]:
+    """e4m3 numbers are written as their codes."""
+    if program.target in ("fp8", "nvfp4_fp8"):
+        yield "codes = codes.to(tl.pointer_type(tl.uint8))"
+    if program.target == "nvfp4":
+        yield "scales = scales.to(tl.pointer_type(tl.uint8))"
 
 
 def _row(kernel: RowKernel, numbers: Sequence[int]) -> Iterator[str]:
     program = kernel.program
     yield "at = row + sample * 0"  # int64
     yield "index = sample * T + at"
-    yield from _values(program, numbers, "sample * x{0}_b + at * x{0}_t")
+    if kernel.ahead:
+        loads = [i for i in numbers if i < len(program.inputs) and program.inputs[i].kind == "row"]
+        for i in loads:
+            for c in range(len(chunks(program.widths[i]))):
+                yield f"v{i}_{c} = n{i}_{c}.to(tl.float32)"
+        where = "sample * x{0}_b + (at + 1) * x{0}_t"
+        yield from _loads(program, loads, where, "n", "row + 1 < last")
+        left = [i for i in numbers if i not in loads]
+        yield from _values(program, left, "sample * x{0}_b")
+    else:
+        yield from _values(program, numbers, "sample * x{0}_b + at * x{0}_t")
     if kernel.phase != "codes":
         for i, (value, dtype) in enumerate(program.kept):
             width = program.widths[value]
@@ -178,7 +203,8 @@ def _row(kernel: RowKernel, numbers: Sequence[int]) -> Iterator[str]:
                 yield f"tl.store({where}, {_name(program, value, c)}.to({TYPES[dtype]}){mask})"
     if kernel.phase == "peak":
         for name, chunk, _ in _parts(program):
-            yield f"largest = tl.maximum(largest, finite_peak({name}.reshape({chunk.size // 16}, 16)))"
+            groups = f"{name}.reshape({chunk.size // GROUP}, {GROUP})"
+            yield f"largest = tl.maximum(largest, finite_peak({groups}))"
     elif kernel.phase == "codes":
         yield from _codes(program)
     elif program.target == "fp8":
@@ -188,8 +214,9 @@ def _row(kernel: RowKernel, numbers: Sequence[int]) -> Iterator[str]:
 def _fp8(program: Program) -> Iterator[str]:
     """codes = value / scale, scale = largest magnitude / 448, one scale a row."""
     yield "largest = 0.0"
-    for name, _, _ in _parts(program):
-        yield f"largest = tl.maximum(largest, tl.max(tl.abs({name}), 0))"
+    for part in program.parts:
+        names = [f"tl.abs({name})" for name, _, _ in _parts(program, part)]
+        yield f"largest = tl.maximum(largest, tl.max({_folded('tl.maximum({}, {})', names)}, 0))"
     yield f"scale = tl.div_rn(tl.maximum(largest, {SMALLEST_PEAK!r}), 448.0)"
     yield "inverse = tl.div_rn(1.0, scale)"
     yield "tl.store(scales + index, scale)"
@@ -207,6 +234,7 @@ def _codes(program: Program) -> Iterator[str]:
         yield f"groups = {name}.reshape({size // 16}, 16)"
         yield "code, scale, scaled = scale_of_groups(groups, tensor_scale)"
         if program.target == "nvfp4":
+            yield "scaled = tl.where(scaled == scaled, scaled, 0.0)"
             yield f"even, odd = tl.split(scaled.reshape({size // 2}, 2))"
             for to, what, each in (("codes", "pack(even, odd)", 2), ("scales", "code", 16)):
                 where = f"index * {program.width // each} + {at // each}"
@@ -229,13 +257,15 @@ def _inside(chunk: Chunk, each: int = 1) -> str:
     return f", tl.arange(0, {chunk.size // each}) < {chunk.valid // each}"
 
 
-def _parts(program: Program) -> Iterator[tuple[str, Chunk, int]]:
+def _parts(program: Program, only: int | None = None) -> Iterator[tuple[str, Chunk, int]]:
     """The chunks that are quantised: name, chunk, and the channel of the output it begins at."""
     at = 0
     for part in program.parts:
         width = program.widths[part]
         for c, chunk in enumerate(chunks(width)):
             name = _name(program, part, c)
+            if only not in (None, part):
+                continue
             if chunk.masked:
                 name = f"tl.where(c{width}_{c} < {width}, {name}, 0.0)"
             yield name, chunk, at + chunk.start
@@ -259,15 +289,39 @@ def _name(program: Program, value: int, chunk: int) -> str:
 
 def _values(program: Program, numbers: Sequence[int], offset: str) -> Iterator[str]:
     """Statements that load and compute the values of these numbers, in order."""
-    for number in numbers:
-        width = program.widths[number]
+    for number in _as_needed(program, numbers):
         if number >= len(program.inputs):
             yield from _step(program, number)
             continue
+        yield from _loads(program, [number], offset, "v")
+        for c in range(len(chunks(program.widths[number]))):
+            yield f"v{number}_{c} = v{number}_{c}.to(tl.float32)"
+
+
+def _as_needed(program: Program, numbers: Sequence[int]) -> list[int]:
+    """Rows first; what a sample shares just before the first step that reads it."""
+    first = [i for i in numbers if i < len(program.inputs) and program.inputs[i].kind == "row"]
+    found = dict.fromkeys(first)
+    for i in numbers:
+        if i >= len(program.inputs):
+            args = program.steps[i - len(program.inputs)].args
+            found |= dict.fromkeys(a for a in args if type(a) is int and a in numbers)
+            found[i] = None
+    return list(found | dict.fromkeys(numbers))
+
+
+def _loads(
+    program: Program, numbers: Sequence[int], offset: str, name: str, guard: str = ""
+) -> Iterator[str]:
+    """Loads of inputs, as they are stored, into ``name``; nothing is read unless ``guard``."""
+    for number in numbers:
+        width = program.widths[number]
         for c, chunk in enumerate(chunks(width)):
-            mask = f", c{width}_{c} < {width}, other=0.0" if chunk.masked else ""
+            masks = [f"(c{width}_{c} < {width})"] if chunk.masked else []
+            masks += [f"(c{width}_{c} >= 0) & ({guard})"] if guard else []
+            mask = f", {' & '.join(masks)}, other=0.0" if masks else ""
             at = f"x{number} + {offset.format(number)} + c{width}_{c}"
-            yield f"v{number}_{c} = tl.load({at}{mask}).to(tl.float32)"
+            yield f"{name}{number}_{c} = tl.load({at}{mask})"
 
 
 def _step(program: Program, number: int) -> Iterator[str]:
@@ -296,7 +350,15 @@ def _step(program: Program, number: int) -> Iterator[str]:
 
 def _sum(names: Sequence[str], masks: Sequence[str]) -> str:
     inside = [
-        f"tl.sum(tl.where({mask}, {name}, 0.0), 0)" if mask else f"tl.sum({name}, 0)"
+        f"tl.where({mask}, {name}, 0.0)" if mask else name
         for name, mask in zip(names, masks, strict=True)
     ]
-    return f"({' + '.join(inside)})"
+    return f"tl.sum({_folded('{} + {}', inside)}, 0)"
+
+
+def _folded(both: str, terms: Sequence[str]) -> str:
+    """``terms`` joined two by two by the expression ``both``."""
+    whole = terms[0]
+    for term in terms[1:]:
+        whole = both.format(whole, term)
+    return whole

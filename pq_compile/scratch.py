@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import templates
 from .formats import NVFP4
-from .generated import function
+from .generated import Launch, function, remember
 from .rows import fold
 
 Precision = Literal["fp8", "half"]
@@ -31,6 +31,9 @@ PART = '''
 def part(w_ptr, scale_ptr, tensor_ptr, bias_ptr, out_ptr, column_ptr, bias_out_ptr, block,
          FIRST: tl.constexpr, N: tl.constexpr, BIAS: tl.constexpr):
     """A block of one weight, {EACH} channels from each integer; and the factor and bias of rows."""
+    w_ptr = w_ptr.to(tl.pointer_type({INTEGER}))
+    scale_ptr = scale_ptr.to(tl.pointer_type(tl.uint8))
+    out_ptr = out_ptr.to(tl.pointer_type({WRITTEN}))
     index = block * {BLOCK} + tl.arange(0, {BLOCK})
     inside = index < N * {ROW}
     packed = tl.load(w_ptr + index, inside, other=0)
@@ -117,6 +120,10 @@ def unfold(word, scale):
 ''',
 }
 
+LONG = 8192
+"""Channels from which sums need the slow accumulation, 7 % slower there: the fast one keeps some 14
+bits, measured on a Hopper GPU as a relative error of 2e-3 at 3072 channels and 3e-3 at 12288."""
+
 MOST_PARTS = 4
 """Weights that one launch decodes."""
 
@@ -154,6 +161,8 @@ def source(kernel: DecodeKernel) -> str:
     times = 6.0 if kernel.precision == "fp8" else 1.0
     each = kernel.each
     known = {"BLOCK": kernel.block, "EACH": each, "ROW": kernel.k // each, "SHARE": 16 // each}
+    known["INTEGER"] = "tl.int32" if kernel.instruction else "tl.uint8"
+    known["WRITTEN"] = "tl.bfloat16" if kernel.precision == "half" else known["INTEGER"]
     helpers = templates.DECODE_E4M3 + templates.DECODE_E2M1 + templates.ENCODE_E4M3
     text = templates.HEADER + helpers + (UNFOLD[how] + PART).format(**known, TIMES=times)
     arguments = [f"w{i}, s{i}, t{i}, b{i}" for i in range(len(kernel.outputs))]
@@ -183,27 +192,35 @@ def decode(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """``decode_reference`` by one kernel, bit for bit."""
     packed = weights[0][0]
-    outputs, k = tuple(len(w[0]) for w in weights), 2 * packed.shape[1]
+    key = (precision, packed.device, bool(biases), *(w[0].shape for w in weights))
+    plan = _PLANS.get(key)
+    if plan is None:
+        plan = remember(_PLANS, key, _plan(weights, bool(biases), precision))
+    launch, n, k = plan
     dtype = torch.float8_e4m3fn if precision == "fp8" else torch.bfloat16
-    out = packed.new_empty((sum(outputs), k), dtype=dtype)
-    column = packed.new_empty(sum(outputs), dtype=torch.float32)
-    bias = torch.empty_like(column, dtype=biases[0].dtype) if biases else None
-    fast = precision == "fp8" and packed.is_cuda
-    kernel = DecodeKernel(precision, k, outputs, bool(biases), instruction=fast)
+    out = packed.new_empty((n, k), dtype=dtype)
+    column = packed.new_empty(n, dtype=torch.float32)
+    bias = packed.new_empty(n, dtype=biases[0].dtype) if biases else None
     arguments: list[Tensor] = []
-    for i, (codes, scales, tensor_scale) in enumerate(weights):
-        arguments += [
-            codes.view(torch.int32) if fast else codes,
-            scales.view(torch.uint8),
-            tensor_scale,
-            biases[i] if biases else tensor_scale,
-        ]
-    written = out if precision == "half" else out.view(torch.int32 if fast else torch.uint8)
-    with torch.cuda.device(packed.device.index if packed.is_cuda else -1):
-        load(kernel)[(sum(kernel.blocks),)](
-            *arguments, written, column, column if bias is None else bias, num_warps=kernel.warps
-        )
+    for i, weight in enumerate(weights):
+        arguments += (*weight, biases[i] if biases else weight[2])
+    launch(*arguments, out, column, column if bias is None else bias)
     return out, column, bias
+
+
+_PLANS: dict[Any, tuple[Launch, int, int]] = {}
+
+
+def _plan(
+    weights: Sequence[Weight], bias: bool, precision: Precision
+) -> tuple[Launch, int, int]:
+    """The launch, and the size of what it writes."""
+    packed = weights[0][0]
+    outputs, k = tuple(len(w[0]) for w in weights), 2 * packed.shape[1]
+    fast = precision == "fp8" and packed.is_cuda
+    kernel = DecodeKernel(precision, k, outputs, bias, instruction=fast)
+    launch = Launch(load(kernel), (sum(kernel.blocks),), num_warps=kernel.warps)
+    return launch, sum(outputs), k
 
 
 def decode_reference(
@@ -233,7 +250,7 @@ def matmul_fp8(
         scale_b=column[None],
         bias=bias,
         out_dtype=torch.bfloat16,
-        use_fast_accum=True,
+        use_fast_accum=a.shape[1] <= LONG,
     )
 
 
