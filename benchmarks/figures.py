@@ -151,7 +151,7 @@ def models(records: Sequence[Record]) -> str | None:
     record = _last(records, "models")
     if record is None:
         return None
-    found = [group for group in record["parts"]["models"] if group]
+    found = record["parts"]["models"]
     groups = [
         Group(
             tables.model(group),

@@ -130,6 +130,10 @@ def said(found: Record) -> str:
     memory = found["memory"]
     parts.append(f"parameters {memory['parameter_bytes'] / 1e9:.2f} GB")
     parts.append(f"peak {memory['peak_step_bytes'] / 1e9:.2f} GB")
+    if found.get("by_reference"):
+        parts.append(f"{found['by_reference']} linears by the reference, which no GPU should need")
+    if not found["output"]["finite"]:
+        parts.append("its output is not finite")
     return ", ".join(parts)
 
 
@@ -159,23 +163,27 @@ def _overhead(settings: Settings, results: Results) -> None:
 
 
 def _models(settings: Settings, results: Results) -> None:
-    found: list[Record] = []
+    found: dict[str, Record] = {}
+    failed: list[str] = []
+
+    def save(record: Record) -> None:
+        found[record["model"]] = record
+        results.part("models", list(found.values()))
+
     for name in settings.models:
-        model = models.MODELS[name].with_blocks(settings.layers)
-        found.append({})
-
-        def save(record: Record) -> None:
-            found[-1] = record
-            results.part("models", found)
-
-        compare(
-            settings.every_side(("inductor", "permuquant")),
-            model,
-            settings.work,
-            Protocol(settings.repetitions, cold=settings.cold),
-            settings.device,
-            save,
-        )
+        try:
+            compare(
+                settings.every_side(("inductor", "permuquant")),
+                models.MODELS[name].with_blocks(settings.layers),
+                settings.work,
+                Protocol(settings.repetitions, cold=settings.cold),
+                settings.device,
+                save,
+            )
+        except RuntimeError as error:
+            failed.append(str(error))
+    if failed:
+        raise RuntimeError("\n".join(failed))
 
 
 def _scaling(settings: Settings, results: Results) -> None:

@@ -54,6 +54,7 @@ def _side(
     record: Record = {"side": side.name, "kind": side.kind, "works": []}
     built = models.build(model, device)
     given = models.inputs(model, works[0], device)
+    models.call(built, given)()
     _, fast = ready(side, built, given, protocol, record)
     for work in works:
         step: Step = models.call(fast, models.inputs(model, work, device))

@@ -19,7 +19,7 @@ def text(record: Record) -> str:
         found += [steps(parts["flux"]), kinds(parts["flux"]), memory(parts["flux"])]
     if "overhead" in parts:
         found.append(hosts([parts["overhead"]]))
-    found += [steps(one) for one in parts.get("models", ()) if one]
+    found += [steps(one) for one in parts.get("models", ())]
     if "scaling" in parts:
         found.append(scaling(parts["scaling"]))
     if "gemm" in parts:

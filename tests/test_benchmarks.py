@@ -307,6 +307,49 @@ def test_the_other_models_have_their_published_sizes(name: str, billions: float)
     assert sum(p.numel() for p in whole.parameters()) / 1e9 == pytest.approx(billions, rel=0.01)
 
 
+SMALL = {
+    "sd3.5-large": {
+        "num_layers": 1,
+        "num_attention_heads": 2,
+        "attention_head_dim": 32,
+        "joint_attention_dim": 32,
+        "caption_projection_dim": 64,
+        "pooled_projection_dim": 32,
+        "pos_embed_max_size": 192,
+        "qk_norm": "rms_norm",
+    },
+    "sana-1.6b": {
+        "num_layers": 1,
+        "num_attention_heads": 2,
+        "attention_head_dim": 32,
+        "num_cross_attention_heads": 2,
+        "cross_attention_head_dim": 32,
+        "cross_attention_dim": 64,
+        "caption_channels": 32,
+    },
+    "z-image": {
+        "n_layers": 1,
+        "n_refiner_layers": 1,
+        "dim": 256,
+        "n_heads": 2,
+        "n_kv_heads": 2,
+        "cap_feat_dim": 32,
+    },
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", list(SMALL))
+def test_a_step_of_the_other_models_takes_its_inputs_in_bf16(name: str) -> None:
+    pytest.importorskip("diffusers")
+    model = dataclasses.replace(models.MODELS[name], config=SMALL[name])
+    built = models.build(model, "cpu")
+    outputs = [models.call(built, models.inputs(model, Work(128), "cpu"))() for _ in range(2)]
+    assert {parameter.dtype for parameter in built.parameters()} == {torch.bfloat16}
+    assert outputs[0].isfinite().all()
+    assert torch.equal(*outputs)
+
+
 # ---------------------------------------------------------------- fp8 and single kernels
 
 
