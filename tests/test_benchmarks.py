@@ -307,7 +307,7 @@ def test_the_other_models_have_their_published_sizes(name: str, billions: float)
     assert sum(p.numel() for p in whole.parameters()) / 1e9 == pytest.approx(billions, rel=0.01)
 
 
-SMALL = {
+SMALL: dict[str, Record] = {
     "sd3.5-large": {
         "num_layers": 1,
         "num_attention_heads": 2,
