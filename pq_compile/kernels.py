@@ -9,20 +9,21 @@ from __future__ import annotations
 import hashlib
 import linecache
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import cache, lru_cache, partial
 from typing import Any, Literal
 
 import torch
 import triton
 from torch import Tensor
 
-from . import templates
+from . import templates, vector
 from .errors import Refused
 from .formats import NVFP4
 
-Kind = Literal["peak", "quantise", "w4a4_native", "w4a4_portable", "w4a16_portable", "w4a16_vector"]
+Product = Literal["w4a4_native", "w4a4_portable", "w4a16_portable", "w4a16_vector"]
+Kind = Literal["peak", "quantise"] | Product | vector.Vector
 
-TEMPLATES: dict[Kind, str] = {
+TEMPLATES: dict[str, str] = {
     "peak": templates.PEAK,
     "quantise": templates.QUANTISE,
     "w4a4_native": templates.W4A4_NATIVE,
@@ -52,7 +53,7 @@ class KernelSpec:
     dtype: torch.dtype = torch.bfloat16  # of the output
     tile: tuple[int, ...] = (16, 256)
     bias: bool = False
-    instruction: bool = False  # pack with cvt.e2m1x2, which FP4 hardware has
+    instruction: bool = False  # pack by cvt.e2m1x2, decode scales by cvt.e4m3x2
     warps: int = 4
     stages: int = 2
 
@@ -67,6 +68,8 @@ class KernelSpec:
 
 def source(spec: KernelSpec) -> str:
     """The text of the kernel of ``spec``: a pure function."""
+    if spec.kind in vector.DESIGNS:
+        return f"# {spec}\n{templates.HEADER}{vector.text(spec)}"
     padded = NVFP4.padded(spec.k)
     known = {"K": spec.k, "N": spec.n, "BYTES": padded // 2, "GROUPS": padded // 16}
     if spec.kind in ("peak", "quantise"):
@@ -106,6 +109,7 @@ def route(capability: tuple[int, int] | None, triton_version: str, scheme: str, 
     return "w4a4_native" if native else "w4a4_portable"
 
 
+@lru_cache(4096)
 def tuned(kind: Kind, capability: tuple[int, int], rows: int, **shape: Any) -> KernelSpec:
     """The spec of ``kind`` with the tile, warps and stages for a device and a number of rows.
 
@@ -116,6 +120,8 @@ def tuned(kind: Kind, capability: tuple[int, int], rows: int, **shape: Any) -> K
             f"permuquant: a device of compute capability {capability[0]}.{capability[1]} has no "
             "FP4 tensor cores that Triton reaches; route() gives the kernel that it can run"
         )
+    if design := vector.choose(kind, capability, **shape):
+        return KernelSpec(**shape, **vector.tuned(design, capability, rows))
     few = 16 if rows <= 16 else 64 if rows <= 64 else 128
     in_registers = capability[0] not in (9, 10)  # there, operands decoded for tensor cores
     if kind == "w4a4_portable" and in_registers:
@@ -164,8 +170,8 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     scales = x.new_empty((rows, padded // 16), dtype=torch.uint8)
     tensor_scale = x.new_empty((), dtype=torch.float32)
     first, second = quantise_specs(_capability(x), rows, k)
-    _launch(first, rows, padded, x, peak)
-    _launch(second, rows, padded, x, peak, packed, scales, tensor_scale)
+    launch(first, rows, padded, x, peak)
+    launch(second, rows, padded, x, peak, packed, scales, tensor_scale)
     return packed, scales.view(torch.float8_e4m3fn), tensor_scale
 
 
@@ -192,7 +198,7 @@ def matmul_w4a4(
     shape = {"k": k, "n": n, "dtype": narrow(dtype), "bias": bias is not None}
     spec = tuned(kind, _capability(a[0]), rows, **shape)
     y = a[0].new_empty((rows, n), dtype=spec.dtype)
-    _launch(spec, rows, n, *_bytes(a), *_bytes(w), y if bias is None else bias, y)
+    launch(spec, rows, n, *_bytes(a), *_bytes(w), y if bias is None else bias, y)
     return y.to(dtype)
 
 
@@ -209,7 +215,7 @@ def matmul_w4a16(
     x: Tensor,
     w: tuple[Tensor, Tensor, Tensor],
     bias: Tensor | None,
-    kind: Literal["w4a16_vector", "w4a16_portable"],
+    kind: Literal["w4a16_vector", "w4a16_portable"] | vector.Vector,
 ) -> Tensor:
     """``matmul_w4a16_reference`` by the kernel ``kind``; fp64 is computed in fp32."""
     dtype, x = x.dtype, x.to(narrow(x.dtype)).contiguous()
@@ -217,7 +223,7 @@ def matmul_w4a16(
     shape = {"k": k, "n": n, "dtype": x.dtype, "bias": bias is not None}
     spec = tuned(kind, _capability(x), rows, **shape)
     y = x.new_empty((rows, n))
-    _launch(spec, rows, n, x, *_bytes(w), y if bias is None else bias, y)
+    launch(spec, rows, n, x, *_bytes(w), y if bias is None else bias, y)
     return y.to(dtype)
 
 
@@ -226,13 +232,18 @@ def _finish(y: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -
     return (y if bias is None else y.add_(bias)).to(dtype)
 
 
-def _launch(spec: KernelSpec, rows: int, columns: int, *tensors: Tensor) -> None:
+def launch(spec: KernelSpec, rows: int, columns: int, *tensors: Tensor) -> None:
     """One program a tile of [rows, columns]; the number of rows is the kernel's last argument."""
-    grid = (triton.cdiv(rows, spec.tile[0]), triton.cdiv(columns, spec.tile[1]))
+    grid = (-(-rows // spec.tile[0]), -(-columns // spec.tile[1]))
     how = {"num_warps": spec.warps, "num_stages": spec.stages}
-    with torch.cuda.device(tensors[0].device.index if tensors[0].is_cuda else -1):
-        # NOTE a fused multiply-add would round a scale once where the definition rounds twice.
-        load(spec)[grid](*tensors, rows, **how, enable_fp_fusion=False)
+    # NOTE a fused multiply-add would round a scale once where the definition rounds twice.
+    kernel = partial(load(spec)[grid], *tensors, rows, **how, enable_fp_fusion=False)
+    index = tensors[0].device.index if tensors[0].is_cuda else None
+    if index is None or index == torch.cuda.current_device():
+        kernel()
+        return
+    with torch.cuda.device(index):
+        kernel()
 
 
 def _bytes(operand: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -246,5 +257,10 @@ def narrow(dtype: torch.dtype) -> torch.dtype:
 
 
 def _capability(x: Tensor) -> tuple[int, int]:
-    """Of the device of ``x``; on the CPU, where Triton interprets, that of a portable kernel."""
-    return torch.cuda.get_device_capability(x.device) if x.is_cuda else (8, 0)
+    """Of the device of ``x``; (0, 0) on the CPU, where Triton interprets portable kernels."""
+    return _capability_of(x.device.index) if x.is_cuda else (0, 0)
+
+
+@cache
+def _capability_of(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
