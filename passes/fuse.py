@@ -100,7 +100,11 @@ class _Growth:
         ``row``: a value for every channel of every row, or a number for every row, which only a
         step can make; ``sample``: one for every channel, the same for all rows of a sample.
         """
-        width, shape, value = width or self.width[node], _shape(node), node.meta.get("example_value")
+        width, shape, value = (
+            width or self.width[node],
+            _shape(node),
+            node.meta.get("example_value"),
+        )
         if not shape or len(shape) > len(self.lead) + 1 or not value.is_floating_point():
             return None
         *given, last = shape
@@ -124,13 +128,16 @@ class _Growth:
         number = {node: i for i, node in enumerate(inputs)}
         steps: list[Step] = []
         for node in order:
-            value = -1
+            value: Any = None
             for op, operands in steps_of(node) or ():
-                given = [value if o is LAST else number.get(o, o) for o in operands]
+                given: list[Any] = [value if o is LAST else number.get(o, o) for o in operands]
                 if op == "same":
                     value = given[0]
                     continue
-                numbers = (g if o is LAST or isinstance(o, fx.Node) else float(g) for o, g in zip(operands, given, strict=True))
+                numbers = (
+                    g if o is LAST or isinstance(o, fx.Node) else float(g)
+                    for o, g in zip(operands, given, strict=True)
+                )
                 steps.append(Step(op, tuple(numbers)))
                 value = len(inputs) + len(steps) - 1
             number[node] = value

@@ -183,12 +183,17 @@ def _teams(
     readers: Sequence[fx.Node], linears: Mapping[fx.Node, Operands]
 ) -> list[tuple[fx.Node, ...]]:
     """Linears that are multiplied together: small ones first, as long as their weights are no
-    larger together than the largest of all, which bounds the scratch; in the order of the graph."""
+    larger together than the largest of all, which bounds the scratch; in the order of the graph.
+    """
     most = max(_elements(weight) for _, weight, _ in linears.values())
     teams: list[list[fx.Node]] = []
     for node in sorted(readers, key=lambda one: _elements(linears[one][1])):
         _, weight, bias = linears[node]
-        if teams and len(teams[-1]) < MOST_PARTS and (bias is None) == (linears[teams[-1][0]][2] is None):
+        if (
+            teams
+            and len(teams[-1]) < MOST_PARTS
+            and (bias is None) == (linears[teams[-1][0]][2] is None)
+        ):
             if sum(_elements(linears[one][1]) for one in teams[-1]) + _elements(weight) <= most:
                 teams[-1].append(node)
                 continue

@@ -53,7 +53,8 @@ SAME = ("to", "float", "half", "bfloat16", "double", "type_as", "contiguous", "c
 
 def steps_of(node: fx.Node) -> Steps | None:
     """The steps of ``node``; None if it is not described. A conversion between floating dtypes is
-    none: a program computes in fp32 throughout."""
+    none: a program computes in fp32 throughout.
+    """
     if node.op not in ("call_function", "call_method"):
         return None
     if node.target in BINARY:
@@ -105,9 +106,8 @@ def _dropout(node: fx.Node) -> Steps | None:
 
 
 def _norm(op: str) -> Callable[[fx.Node], Steps | None]:
-    names = ("input", "normalized_shape", "weight", "bias", "eps")
-    if op == "rms_norm":
-        names = ("input", "normalized_shape", "weight", "eps")
+    bias = ("bias",) if op == "layer_norm" else ()
+    names = ("input", "normalized_shape", "weight", *bias, "eps")
 
     def steps(node: fx.Node) -> Steps | None:
         given = _given(node, *names)

@@ -4,9 +4,9 @@ between two blocks stays whole, so that what follows can be computed together wi
 
 from __future__ import annotations
 
-from typing import Any
-
 import operator
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -45,7 +45,7 @@ def _whole(node: fx.Node) -> fx.Node | None:
         return None
     sources = {cut[0] for cut in cuts if cut}
     bounds = [(cut[1].start, cut[1].stop) for cut in cuts if cut]
-    meets = all(a[1] is not None and a[1] is b[0] or a[1] == b[0] for a, b in zip(bounds, bounds[1:]))
+    meets = all((a[1] is not None and a[1] is b[0]) or a[1] == b[0] for a, b in pairwise(bounds))
     if len(sources) > 1 or not meets or bounds[0][0] not in (None, 0) or bounds[-1][1] is not None:
         return None
     source = sources.pop()
@@ -57,7 +57,8 @@ def _slice(piece: Any, dim: int) -> tuple[fx.Node, slice] | None:
     """(x, slice) if ``piece`` is ``x[:, ..., slice]`` with the slice at ``dim``, of step 1."""
     if not isinstance(piece, fx.Node) or piece.target is not operator.getitem:
         return None
-    source, index = piece.args
+    source: Any = piece.args[0]
+    index: Any = piece.args[1]
     if not isinstance(index, tuple) or len(index) != dim + 1 or not isinstance(source, fx.Node):
         return None
     if not all(isinstance(one, slice) for one in index):

@@ -1,8 +1,8 @@
 """Generated text becomes a Triton function, once; and its launches, which should cost little.
 
 Triton binds and specialises the arguments of every launch anew, 30 us and more on a slow host. A
-``Launch`` does it once: its integers never change, and pointers are what they were, multiples of 16,
-or take the long way again.
+``Launch`` does it once: its integers never change, and pointers are multiples of 16 as they were
+then, or take the long way again.
 """
 
 from __future__ import annotations

@@ -16,14 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import kernels, products, row_kernels, routes
+from . import kernels, products, routes, row_kernels
 from .errors import Refused
 from .formats import FORMATS, NVFP4, Format
-from .products import Weight
-from .rows import parse, quantise_rows, reference as rows_reference
+from .rows import lead_of, parse, quantise_rows
+from .rows import reference as rows_reference
+from .scratch import Weight
 
 SCHEMES = ("w4a4", "w4a8", "w4a16")
-LIBRARY = torch.library.Library("permuquant", "DEF")
+_library: Any = torch.library  # which has no types
+LIBRARY = _library.Library("permuquant", "DEF")
 LIBRARY.define(
     "linear(Tensor x, Tensor packed, Tensor scales, Tensor tensor_scale, Tensor? bias, str format,"
     ' str scheme, str route="auto") -> Tensor'
@@ -64,7 +66,8 @@ def linear(
         case "reference":
             y = reference(of, scheme, rows, weight, bias)
         case "w4a16_vector" | "w4a16_portable":
-            y = kernels.matmul_w4a16(rows, weight, bias, how.kind)  # type: ignore[arg-type]
+            kind: Any = how.kind
+            y = kernels.matmul_w4a16(rows, weight, bias, kind)
         case _ if how.target is None:
             y = products.multiply([NVFP4.pad(rows)], [weight], biases, how.kind, x.dtype)
         case _:
@@ -104,16 +107,15 @@ def matmul(
 
 def where(device: torch.device, format: str, scheme: str, rows: int, dtype: Any = None) -> str:
     """The kind of the route that ``linear`` takes unasked."""
-    return routes.choose(
-        scheme, routes.here(device, format, dtype or torch.bfloat16, rows)
-    ).kind
+    return routes.choose(scheme, routes.here(device, format, dtype or torch.bfloat16, rows)).kind
 
 
 def specs(
     device: torch.device, format: str, scheme: str, rows: int, **shape: Any
 ) -> tuple[kernels.KernelSpec, ...]:
     """The kernels with a ``KernelSpec`` that ``linear`` launches for a product of ``shape`` (k, n,
-    dtype, bias)."""
+    dtype, bias).
+    """
     kind: Any = where(device, format, scheme, rows, shape["dtype"])
     if not kind.startswith("w4a"):
         return ()
@@ -165,23 +167,24 @@ def _checked(x: Tensor, packed: Tensor, format: str, scheme: str) -> Format:
 
 # ---------------------------------------------------------------- registration
 
-for name, function in (("linear", linear), ("rows", rows), ("matmul", matmul)):
-    LIBRARY.impl(name, function, "CompositeExplicitAutograd")
 
-
-@torch.library.register_fake("permuquant::linear", lib=LIBRARY)
-def _(x: Tensor, packed: Tensor, *_: Any) -> Tensor:
+def _fake_linear(x: Tensor, packed: Tensor, *_: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], packed.shape[0]))
 
 
-@torch.library.register_fake("permuquant::rows", lib=LIBRARY)
-def _(inputs: Sequence[Tensor], program: str) -> list[Tensor]:
-    parsed = parse(program)
-    lead = torch.broadcast_shapes(*(x.shape[:-1] for x in inputs))
-    return row_kernels.outputs(parsed, lead, inputs[0])
+def _fake_rows(inputs: Sequence[Tensor], program: str) -> list[Tensor]:
+    return row_kernels.outputs(parse(program), lead_of(inputs), inputs[0])
 
 
-@torch.library.register_fake("permuquant::matmul", lib=LIBRARY)
-def _(a: Sequence[Tensor], packed: Sequence[Tensor], *rest: Any) -> Tensor:
+def _fake_matmul(a: Sequence[Tensor], packed: Sequence[Tensor], *rest: Any) -> Tensor:
     n = sum(weight.shape[0] for weight in packed)
     return a[0].new_empty((*a[0].shape[:-1], n), dtype=rest[-1])
+
+
+for name, function, fake in (
+    ("linear", linear, _fake_linear),
+    ("rows", rows, _fake_rows),
+    ("matmul", matmul, _fake_matmul),
+):
+    LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    _library.register_fake(f"permuquant::{name}", fake, lib=LIBRARY)

@@ -27,7 +27,7 @@ def multiply(
         case "half":
             return _finished(*scratch.matmul_half(a[0], a[1:], weights, biases), dtype)
         case _:
-            each = [None] * len(weights) if not biases else biases
+            each: Sequence[Tensor | None] = biases or [None] * len(weights)
             pairs = zip(weights, each, strict=True)
             how: Any = kind
             found = [kernels.matmul_w4a4((a[0], a[1], a[2]), w, b, dtype, how) for w, b in pairs]
@@ -41,7 +41,7 @@ def reference(
     kind: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    """[M, N] in ``dtype``: rows [M, K] by each weight [N_i, K], side by side, plus the biases [N_i].
+    """[M, N] in ``dtype``: rows [M, K] by each weight [N_i, K], side by side, plus biases [N_i].
 
     ``kind`` says what ``a`` holds: "fp8" e4m3 codes and scales [M, 1], and weights are rounded to
     e4m3 too; "half" bfloat16 and a tensor scale, or bfloat16 alone; any other packed NVFP4. Sums in

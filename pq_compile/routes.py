@@ -83,7 +83,7 @@ TABLE = (
     Route("in_loop", "w4a16", "w4a16_portable"),
     Route("reference", "w4a16", "reference"),
 )
-"""fp8 under w4a4 is an emulation within 2.5 % of the exact product; so it is never taken unasked."""
+"""fp8 under w4a4 is an emulation, within 2.5 % of the exact product: never taken unasked."""
 
 
 def choose(scheme: str, where: Where, wish: str = "auto") -> Route:
@@ -102,9 +102,7 @@ def at(
     return choose(scheme, here(device, format, dtype, rows), wish)
 
 
-def here(
-    device: torch.device, format: str, dtype: torch.dtype, rows: int | None = None
-) -> Where:
+def here(device: torch.device, format: str, dtype: torch.dtype, rows: int | None = None) -> Where:
     """``Where`` of a tensor on ``device``, with the Triton that is installed."""
     cuda = device.type == "cuda" and torch.cuda.is_available()
     capability = torch.cuda.get_device_capability(device) if cuda else None

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .generated import Launch, function, remember
 from .row_text import Phase, RowKernel, source
-from .rows import Program, Target, parse
+from .rows import Program, Target, lead_of, parse
 
 WAVES = 8
 """Instances an SM is given at least, before one takes more rows."""
@@ -90,7 +90,7 @@ def run(text: str, inputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _plan(program: Program, inputs: Sequence[Tensor]) -> Plan:
-    lead = tuple(torch.broadcast_shapes(*(x.shape[:-1] for x in inputs)))
+    lead = lead_of(inputs)
     samples, rows = (1, lead[0]) if len(lead) == 1 else (math.prod(lead[:-1]), lead[-1])
     copied = tuple(i for i, x in enumerate(inputs) if x.stride(-1) != 1 and x.shape[-1] != 1)
     like = [torch.empty(x.shape, device="meta") if i in copied else x for i, x in enumerate(inputs)]

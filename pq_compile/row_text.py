@@ -195,12 +195,7 @@ def _row(kernel: RowKernel, numbers: Sequence[int]) -> Iterator[str]:
     else:
         yield from _values(program, numbers, "sample * x{0}_b + at * x{0}_t")
     if kernel.phase != "codes":
-        for i, (value, dtype) in enumerate(program.kept):
-            width = program.widths[value]
-            for c, chunk in enumerate(chunks(width)):
-                mask = f", c{width}_{c} < {width}" if chunk.masked else ""
-                where = f"kept{i} + index * {width} + c{width}_{c}"
-                yield f"tl.store({where}, {_name(program, value, c)}.to({TYPES[dtype]}){mask})"
+        yield from _kept(program)
     if kernel.phase == "peak":
         for name, chunk, _ in _parts(program):
             groups = f"{name}.reshape({chunk.size // GROUP}, {GROUP})"
@@ -211,8 +206,18 @@ def _row(kernel: RowKernel, numbers: Sequence[int]) -> Iterator[str]:
         yield from _fp8(program)
 
 
+def _kept(program: Program) -> Iterator[str]:
+    """Values that are read elsewhere too."""
+    for i, (value, dtype) in enumerate(program.kept):
+        width = program.widths[value]
+        for c, chunk in enumerate(chunks(width)):
+            mask = f", c{width}_{c} < {width}" if chunk.masked else ""
+            where = f"kept{i} + index * {width} + c{width}_{c}"
+            yield f"tl.store({where}, {_name(program, value, c)}.to({TYPES[dtype]}){mask})"
+
+
 def _fp8(program: Program) -> Iterator[str]:
-    """codes = value / scale, scale = largest magnitude / 448, one scale a row."""
+    """Codes = value / scale, scale = largest magnitude / 448, one scale a row."""
     yield "largest = 0.0"
     for part in program.parts:
         names = [f"tl.abs({name})" for name, _, _ in _parts(program, part)]

@@ -148,7 +148,11 @@ def parse(text: str) -> Program:
     if target not in get_args(Target):
         raise Refused(f"permuquant: {target!r} is nothing that a row program can quantise to")
     return Program(
-        tuple(inputs), tuple(steps), tuple(kept), tuple(map(int, parts)), target  # type: ignore[arg-type]
+        tuple(inputs),
+        tuple(steps),
+        tuple(kept),
+        tuple(map(int, parts)),
+        target,  # type: ignore[arg-type]
     )
 
 
@@ -157,6 +161,12 @@ def _number(word: str) -> int | float:
 
 
 # ---------------------------------------------------------------- the definition
+
+
+def lead_of(inputs: Sequence[Tensor]) -> tuple[int, ...]:
+    """The sizes before the channels that all inputs have together."""
+    together = torch.broadcast_shapes(*(x.shape[:-1] for x in inputs))  # type: ignore[no-untyped-call]
+    return tuple(together)
 
 
 def values(program: Program, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -177,7 +187,7 @@ def reference(program: Program, inputs: Sequence[Tensor]) -> list[Tensor]:
     to a multiple of 16.
     """
     found = values(program, inputs)
-    lead = torch.broadcast_shapes(*(x.shape[:-1] for x in inputs))
+    lead = lead_of(inputs)
     kept = [found[v].expand(*lead, found[v].shape[-1]).to(dtype) for v, dtype in program.kept]
     if program.target == "none":
         return kept

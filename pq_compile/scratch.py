@@ -160,7 +160,8 @@ def source(kernel: DecodeKernel) -> str:
     how = kernel.precision + (" instruction" if kernel.instruction else "")
     times = 6.0 if kernel.precision == "fp8" else 1.0
     each = kernel.each
-    known = {"BLOCK": kernel.block, "EACH": each, "ROW": kernel.k // each, "SHARE": 16 // each}
+    known: dict[str, Any] = {"BLOCK": kernel.block, "EACH": each}
+    known |= {"ROW": kernel.k // each, "SHARE": 16 // each}
     known["INTEGER"] = "tl.int32" if kernel.instruction else "tl.uint8"
     known["WRITTEN"] = "tl.bfloat16" if kernel.precision == "half" else known["INTEGER"]
     helpers = templates.DECODE_E4M3 + templates.DECODE_E2M1 + templates.ENCODE_E4M3
@@ -211,9 +212,7 @@ def decode(
 _PLANS: dict[Any, tuple[Launch, int, int]] = {}
 
 
-def _plan(
-    weights: Sequence[Weight], bias: bool, precision: Precision
-) -> tuple[Launch, int, int]:
+def _plan(weights: Sequence[Weight], bias: bool, precision: Precision) -> tuple[Launch, int, int]:
     """The launch, and the size of what it writes."""
     packed = weights[0][0]
     outputs, k = tuple(len(w[0]) for w in weights), 2 * packed.shape[1]
@@ -258,7 +257,8 @@ def matmul_half(
     a: Tensor, scale: Sequence[Tensor], weights: Sequence[Weight], biases: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """fp32 [M, N] products of ``a`` [M, K] in bfloat16, the factor that each column still lacks,
-    the tensor scale of ``a`` included if there is one, and the bias."""
+    the tensor scale of ``a`` included if there is one, and the bias.
+    """
     w, column, bias = decode(weights, biases, "half")
     y = torch.mm(a, w.t(), out_dtype=torch.float32)
     return y, column * scale[0] if scale else column, bias
