@@ -39,17 +39,9 @@ def compile_lowered(
     is comes back in the call to come, which fails the guards: not worth compiling for.
     """
     tensors = [value for value in example_inputs if isinstance(value, Tensor)]
-    if not any(tensor.is_cuda for tensor in tensors):
+    released = any(isinstance(tensor, Released) for tensor in tensors)
+    if released or not on_gpu(tensors):
         return lowered.lowered
-    if any(isinstance(tensor, Released) for tensor in tensors):
-        return lowered.lowered
-    return through_inductor(lowered, example_inputs, mode)
-
-
-def through_inductor(
-    lowered: Program, example_inputs: Sequence[Any], mode: str | None
-) -> Callable[..., Any]:
-    """``compile_lowered`` on whatever device."""
     from torch._inductor import config, list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
@@ -58,6 +50,10 @@ def through_inductor(
         tell_sources(lowered)
         patches = {**patches, **UNCHECKED}
     return compile_fx(lowered.lowered, list(example_inputs), config_patches=patches)  # type: ignore[return-value]
+
+
+def on_gpu(tensors: Sequence[Tensor]) -> bool:
+    return any(tensor.is_cuda for tensor in tensors)
 
 
 def tell_sources(lowered: Program) -> None:
