@@ -105,7 +105,7 @@ class _Growth:
             _shape(node),
             node.meta.get("example_value"),
         )
-        if not shape or len(shape) > len(self.lead) + 1 or not value.is_floating_point():
+        if value is None or len(shape) > len(self.lead) + 1 or not value.is_floating_point():
             return None
         *given, last = shape
         if len(given) == len(self.lead) and all(map(_equal, given, self.lead)):

@@ -8,10 +8,10 @@ from dataclasses import replace
 from torch import Tensor
 
 from .needs import Needs
-from .routes import choose, here, settle_for
 from .options import Options
 from .plan import LinearPlan, Plan
 from .reporting import Section
+from .routes import choose, here, settle_for
 from .unit import Passes, Unit
 
 
