@@ -169,6 +169,60 @@ def test_another_size_is_served_by_the_same_weights() -> None:
         assert relative_error(run(fast, *given), by_hand(model, *given)) < CLOSE
 
 
+def test_what_served_before_a_change_is_freed_though_other_graphs_served_it_too() -> None:
+    model = denoiser()
+    fast = served(model)
+    run(fast, *inputs(3, 2, 20))
+    unit = unit_of(model)
+    before = [weakref.ref(tensor) for tensors in unit.served().values() for tensor in tensors]
+    model.load_state_dict(denoiser(5).state_dict())
+    after = run(fast, *inputs(4))
+    assert relative_error(after, by_hand(model, *inputs(4))) < CLOSE
+    quantised = sum(len(tensors) for tensors in unit.served().values() if len(tensors) == 3)
+    assert quantised
+    assert sum(reference() is not None for reference in before) <= len(before) - quantised
+    pq_compile.refresh(fast)
+    assert not any(reference() is not None for reference in before)
+
+
+def test_parameters_that_change_places_are_served_in_their_new_ones() -> None:
+    model = denoiser()
+    fast = served(model, release_weights="keep")
+    for name in ("up", "to_q"):
+        one, other = (getattr(block, name) for block in model.blocks)
+        one.weight, other.weight = other.weight, one.weight
+    for _ in range(2):
+        assert relative_error(run(fast, *inputs(4)), by_hand(model, *inputs(4))) < CLOSE
+
+
+def test_a_write_that_other_threads_make_between_calls_is_seen_by_every_thread() -> None:
+    model = denoiser()
+    fast = served(model)
+    failures: list[BaseException] = []
+    turns = threading.Barrier(3)
+
+    def work(turn: int) -> None:
+        try:
+            for _ in range(3):
+                turns.wait()
+                if turn == 0:
+                    _data_add(model)
+                turns.wait()
+                found = run(fast, *inputs(4))
+                turns.wait()
+                assert relative_error(found, by_hand(model, *inputs(4))) < CLOSE
+        except BaseException as error:
+            turns.abort()
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(turn,)) for turn in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
 def test_originals_are_released_and_read_as_before() -> None:
     model = denoiser()
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
