@@ -110,7 +110,7 @@ def permute(a: Bits, b: Bits, selector: Bits) -> Bits:
 def table(a: Bits, b: Bits, c: Bits, lut: Bits) -> Bits:
     found = np.zeros(np.broadcast_shapes(a.shape, b.shape, c.shape), dtype=np.uint64)
     for i in range(8):
-        if int(lut) >> i & 1:
+        if lut.item() >> i & 1:
             terms = [x if i >> place & 1 else ~x for x, place in ((a, 2), (b, 1), (c, 0))]
             found |= terms[0] & terms[1] & terms[2]
     return found
