@@ -21,6 +21,7 @@ from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
 
 from pq_compile.formats import FORMATS, Format
+from pq_compile.released import Released
 from pq_compile.routes import Route
 from pq_compile.scratch import MOST_PARTS
 
@@ -222,12 +223,22 @@ def operands(node: fx.Node) -> Operands:
 def example_inputs(
     lowered: Lowered, given: Sequence[Any], format_name: str, mode: FakeTensorMode | None
 ) -> list[Any]:
-    """Inputs to compile the lowered graph with: Dynamo's own, and fake packed tensors."""
+    """Inputs to compile the lowered graph with: Dynamo's own, and fakes of what serves in place."""
     fakes = {i: fake_packed(given[i], FORMATS[format_name], mode) for i in lowered.packed}
     return [
-        given[source.argument] if source.field is None else fakes[source.argument][source.field]
+        _as_served(given[source.argument], mode)
+        if source.field is None
+        else fakes[source.argument][source.field]
         for source in lowered.sources
     ]
+
+
+def _as_served(given: Any, mode: FakeTensorMode | None) -> Any:
+    """A released parameter has no strides of its own; its reordered copy is contiguous."""
+    if not isinstance(given, Released):
+        return given
+    with mode or FakeTensorMode():
+        return torch.empty(given.shape, dtype=given.dtype, device=given.device)
 
 
 def fake_packed(weight: Tensor, format_: Format, mode: FakeTensorMode | None) -> tuple[Tensor, ...]:

@@ -39,8 +39,8 @@ class Maker:
     """How a unit's entries are made."""
 
     fold: Fold
-    packed: Collection[str]  # weights wanted packed
-    dense: Collection[str]  # parameters that something reads as they are
+    packed: frozenset[str]  # weights wanted packed
+    dense: frozenset[str]  # parameters that something reads as they are
     options: Options
 
     @torch.no_grad()
@@ -51,13 +51,13 @@ class Maker:
         needed and were dropped.
         """
         with torch.inference_mode(False):
-            if name in self.dense:
-                restore(tensor)
             original = values(tensor)
             reordered = _laid_out_as(original, self.fold(name, original))
             folded = None if reordered is original or name not in self.dense else reordered
             packed = self._pack(name, reordered) if name in self.packed else None
-        if packed is not None and name not in self.dense and self._may_release(tensor):
+            if name in self.dense and folded is None:
+                restore(tensor)
+        if self.releases(name, tensor, folded is not None):
             release(tensor, name, keep_backup=True)
         with torch._C.DisableTorchFunctionSubclass():
             storage = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
@@ -84,6 +84,20 @@ class Maker:
                 if isinstance(tensor, Released):
                     discard_backup(tensor)
 
+    def not_given_back(self, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
+        """After ``entries``: a sentence on the packed weights that take their old room as well."""
+        names = sorted(
+            n for n in self.packed & set(tensors) if not isinstance(tensors[n], Released)
+        )
+        if not names or self.options.release_weights == "keep":
+            return ()
+        size = sum(tensors[name].nbytes for name in names)
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        return (
+            f"{len(names)} packed weights stay in their own precision too, {size:,} bytes, as they "
+            f"share their memory or are read otherwise as well: {', '.join(names[:3])}{more}",
+        )
+
     def _pack(self, name: str, weight: Tensor) -> tuple[Tensor, ...]:
         format_ = FORMATS[self.options.format]
         packed = format_.quantize_by_rows(format_.pad(weight.contiguous()))
@@ -93,8 +107,29 @@ class Maker:
             )
         return packed
 
-    def _may_release(self, tensor: Tensor) -> bool:
-        return self.options.release_weights != "keep" and releasable(tensor)
+    def releases(self, name: str, tensor: Tensor, reordered: bool) -> bool:
+        """Whether the memory of the original goes: it can, and something serves for every reader.
+
+        A reordered copy alone is no reason where nothing is packed: its graph, which is compiled
+        already, would have to be compiled again. Nor is it where the copy has strides of its own.
+        """
+        if self.options.release_weights == "keep" or not releasable(tensor):
+            return False
+        if name not in self.dense:
+            return name in self.packed
+        return reordered and bool(self.packed) and tensor.is_contiguous()
+
+
+def bytes_by_kind(entries: Mapping[str, Entry], tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """What lies on the model's devices, ``tensors`` being its parameters by name."""
+    kept = {name: t.nbytes for name, t in tensors.items() if not isinstance(t, Released)}
+    beside = {name for name in kept if name in entries and entries[name].tensors}
+    return {
+        "packed weights": sum(t.nbytes for entry in entries.values() for t in entry.packed or ()),
+        "reordered copies": sum(e.folded.nbytes for e in entries.values() if e.folded is not None),
+        "as they were": sum(size for name, size in kept.items() if name not in beside),
+        "originals kept": sum(kept[name] for name in beside),
+    }
 
 
 def _laid_out_as(original: Tensor, reordered: Tensor) -> Tensor:

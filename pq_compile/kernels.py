@@ -6,10 +6,8 @@ The torch reference of each kernel stands beside it and has its signature. Opera
 
 from __future__ import annotations
 
-import hashlib
-import linecache
 from dataclasses import dataclass, fields
-from functools import cache, lru_cache, partial
+from functools import cache, lru_cache
 from typing import Any, Literal
 
 import torch
@@ -19,6 +17,7 @@ from torch import Tensor
 from . import templates, vector
 from .errors import Refused
 from .formats import NVFP4
+from .generated import Launch, function, remember
 
 Product = Literal["w4a4_native", "w4a4_portable", "w4a16_portable", "w4a16_vector"]
 Kind = Literal["peak", "quantise"] | Product | vector.Vector
@@ -87,12 +86,7 @@ def source(spec: KernelSpec) -> str:
 @cache
 def load(spec: KernelSpec) -> Any:
     """The Triton function of ``spec``; its text is kept in ``linecache`` for tracebacks too."""
-    text = source(spec)
-    path = f"<permuquant {spec.kind} {hashlib.sha256(text.encode()).hexdigest()[:16]}>"
-    linecache.cache[path] = (len(text), None, text.splitlines(keepends=True), path)
-    namespace: dict[str, Any] = {"__name__": "pq_compile.generated"}
-    exec(compile(text, path, "exec"), namespace)
-    return namespace[spec.name]
+    return function(spec.name, source(spec))
 
 
 def route(capability: tuple[int, int] | None, triton_version: str, scheme: str, rows: int) -> str:
@@ -234,16 +228,17 @@ def _finish(y: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -
 
 def launch(spec: KernelSpec, rows: int, columns: int, *tensors: Tensor) -> None:
     """One program a tile of [rows, columns]; the number of rows is the kernel's last argument."""
-    grid = (-(-rows // spec.tile[0]), -(-columns // spec.tile[1]))
-    how = {"num_warps": spec.warps, "num_stages": spec.stages}
-    # NOTE a fused multiply-add would round a scale once where the definition rounds twice.
-    kernel = partial(load(spec)[grid], *tensors, rows, **how, enable_fp_fusion=False)
-    index = tensors[0].device.index if tensors[0].is_cuda else None
-    if index is None or index == torch.cuda.current_device():
-        kernel()
-        return
-    with torch.cuda.device(index):
-        kernel()
+    known = _LAUNCHES.get((spec, rows, columns))
+    if known is None:
+        grid = (-(-rows // spec.tile[0]), -(-columns // spec.tile[1]))
+        how = {"num_warps": spec.warps, "num_stages": spec.stages}
+        # NOTE a fused multiply-add would round a scale once where the definition rounds twice.
+        made = Launch(load(spec), grid, **how, enable_fp_fusion=False)
+        known = remember(_LAUNCHES, (spec, rows, columns), made)
+    known(*tensors, rows)
+
+
+_LAUNCHES: dict[tuple[KernelSpec, int, int], Launch] = {}
 
 
 def _bytes(operand: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

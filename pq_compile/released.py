@@ -35,6 +35,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .accesses import overwrites, reads_only_metadata, sets_data, writes
 from .errors import Refused
+from .staging import to_host
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def release(parameter: Tensor, name: str, keep_backup: bool) -> None:
     With ``keep_backup`` its values move to CPU memory first; without, they are gone.
     """
     with torch.inference_mode(False), torch.no_grad():
-        backup = parameter.detach().to("cpu", copy=True) if keep_backup else None
+        backup = to_host(parameter.detach()) if keep_backup else None
         nan = torch.full((1,), float("nan"), dtype=parameter.dtype, device=parameter.device)
         # NOTE another thread's compilation must find the weight the same from trace to guards; and
         # in this order an interrupt finds it whole or released, never lost.

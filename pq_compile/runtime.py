@@ -170,6 +170,7 @@ class CompiledGraph:
                 out = self._observed(*args)
             finally:
                 self._local.binding = None
+            unit.observer.end_call()
             unit.calls += 1
             if unit.options.progress:
                 progress.observed(unit, unit.options.observed_calls if not held else None)

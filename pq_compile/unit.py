@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
-from .entries import Entry, Maker
+from .entries import Entry, Maker, bytes_by_kind
 from .errors import Refused
 from .needs import Needs, Rename
 from .options import Options
 from .permutation import Permutation
 from .plan import Axis, Groups, Orders, Plan, Statistics, axis_order
-from .released import Released, readable, restore, staleness_key
+from .released import readable, restore, staleness_key
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +41,7 @@ class Observing(Protocol):
 
     def begin_call(self, inputs: Mapping[str, Tensor]) -> None: ...
     def observe(self, x: Tensor, weights: Sequence[str]) -> None: ...
+    def end_call(self) -> None: ...
     def finish(self) -> dict[str, Statistics]: ...
     def warnings(self) -> tuple[str, ...]: ...
 
@@ -180,9 +181,10 @@ class Unit:
                 needs.groups, needs.linears, needs.kept, seen, tensors, self.options
             )
             planned = time.perf_counter()
-            self._entries = self._maker(plan.orders).entries(tensors)
+            maker = self._maker(plan.orders)
+            self._entries = maker.entries(tensors)
             self.plan, self.orders, self.failure = plan, plan.orders, None
-            self.notes = self.observer.warnings()
+            self.notes = (*self.observer.warnings(), *maker.not_given_back(tensors))
             self.observer = self.passes.observer(self.options.seed)  # lets the rows go
             self.serving = WeakKeyDictionary()
             self.seconds = {"plan": planned - start, "pack": time.perf_counter() - planned}
@@ -242,9 +244,4 @@ class Unit:
 
     def memory(self) -> dict[str, int]:
         """Bytes on the model's devices, by what they hold."""
-        tensors, entries = self.parameters(), self._entries.values()
-        return {
-            "packed weights": sum(t.nbytes for e in entries for t in e.packed or ()),
-            "reordered copies": sum(e.folded.nbytes for e in entries if e.folded is not None),
-            "originals": sum(t.nbytes for t in tensors.values() if not isinstance(t, Released)),
-        }
+        return bytes_by_kind(self._entries, self.parameters())

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import pq_compile
-from pq_compile import formats
+from passes.lower import Lowered, Source, example_inputs
+from pq_compile import formats, staging
 from pq_compile.entries import Maker
 from pq_compile.errors import Refused
 from pq_compile.formats import FORMATS
 from pq_compile.options import Options
-from pq_compile.released import Released
+from pq_compile.released import Released, release
 from tests.models import denoiser, inputs, run, unit_of
 from tests.watching import Held
 
@@ -116,3 +117,73 @@ def test_freezing_leaves_nothing_behind_but_what_serves() -> None:
     backups = sum(p.nbytes for p in released)
     one_nan = sum(p.element_size() for p in released)
     assert left == served + backups + one_nan
+
+
+def test_originals_of_reordered_copies_are_given_back_as_well() -> None:
+    """What is not packed counts once: the parameters are either as they were or reordered."""
+    model = denoiser(dtype=torch.float32)
+    whole = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    compiled: Any = torch.compile(
+        model, backend="permuquant", options={"recipe": "random", "progress": False}
+    )
+    run(compiled, *inputs(0, dtype=torch.float32))
+    memory = pq_compile.report(compiled).to_dict()["memory"]
+    left = [name for name in whole if name not in unit_of(model).needs.packed]
+    assert memory["reordered copies"] > 0
+    assert memory["originals kept"] == 0
+    unpacked = memory["reordered copies"] + memory["as they were"]
+    assert unpacked == sum(whole[name].nbytes for name in left)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, whole[name])
+
+
+def test_packed_weights_that_cannot_be_given_back_are_named() -> None:
+    model = denoiser(dtype=torch.float32)
+    weight = model.blocks[1].up.weight
+    memory = torch.cat([weight.flatten(), weight[0]])
+    model.blocks[1].up.weight = nn.Parameter(memory[: weight.numel()].view_as(weight), False)
+    compiled: Any = torch.compile(
+        model, backend="permuquant", options={"recipe": "rtn", "progress": False}
+    )
+    run(compiled, *inputs(0, dtype=torch.float32))
+    report = pq_compile.report(compiled).to_dict()
+    assert report["memory"]["originals kept"] == weight.nbytes
+    assert any(
+        "1 packed weights stay in their own precision too, 65,536 bytes" in warning
+        and warning.endswith("blocks.1.up.weight")
+        for warning in report["summary"]["warnings"]
+    )
+
+
+def test_what_is_released_is_compiled_as_the_copy_that_serves_for_it() -> None:
+    """A released parameter has strides of 0; a graph compiled for those would read one number."""
+    weight = nn.Parameter(torch.randn(6, 4), requires_grad=False)
+    release(weight, "w", keep_backup=False)
+    lowered = Lowered(torch.fx.GraphModule({}, torch.fx.Graph()), (Source(0), Source(1)), ())
+    other = torch.randn(3, 5).T
+    first, second = example_inputs(lowered, [weight, other], "nvfp4", None)
+    assert (first.shape, first.stride(), first.dtype) == ((6, 4), (4, 1), torch.float32)
+    assert second is other
+
+
+@pytest.mark.parametrize("size", [2, 100, 4096, 5000])
+def test_a_copy_by_way_of_a_small_buffer_is_the_tensor(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(staging, "STAGE", 4096)
+    monkeypatch.setattr(staging, "_stage", lambda n: torch.empty(n, dtype=torch.uint8))
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    for given in (torch.randn(size).bfloat16(), torch.randn(3, size).T, torch.randn(2, size, 1)):
+        found = staging.to_host(given)
+        assert torch.equal(found, given)
+        assert found.stride() == given.stride()
+        assert found.data_ptr() != given.data_ptr()
+
+
+def test_where_no_memory_can_be_pinned_the_copy_is_a_plain_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(staging, "_stage", lambda n: None)
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    given = torch.randn(5, 3)
+    assert torch.equal(staging.to_host(given), given)
