@@ -85,15 +85,12 @@ def source(spec: KernelSpec) -> str:
 
 @cache
 def load(spec: KernelSpec) -> Any:
-    """The Triton function of ``spec``; its text is kept in ``linecache`` for tracebacks too."""
+    """The Triton function of ``spec``."""
     return function(spec.name, source(spec))
 
 
 def route(capability: tuple[int, int] | None, triton_version: str, scheme: str, rows: int) -> str:
-    """Which code multiplies: the kind of a kernel, or "reference" where there is none.
-
-    ``capability`` is that of the CUDA device, None elsewhere.
-    """
+    """The kind of a kernel; "reference" where there is none, without CUDA (``None``) for one."""
     version = tuple(map(int, triton_version.split(".")[:2]))
     if capability is None or capability < (8, 0) or version < OLDEST_TRITON:
         return "reference"
@@ -116,38 +113,34 @@ def tuned(kind: Kind, capability: tuple[int, int], rows: int, **shape: Any) -> K
         )
     if design := vector.choose(kind, capability, **shape):
         return KernelSpec(**shape, **vector.tuned(design, capability, rows))
+    tile: tuple[int, ...]
     few = 16 if rows <= 16 else 64 if rows <= 64 else 128
     in_registers = capability[0] not in (9, 10)  # there, operands decoded for tensor cores
     if kind == "w4a4_portable" and in_registers:
         few = min(few, 64)
     match kind:
         case "peak" | "quantise":
-            how = _how((16, 256), warps=4, stages=1)
+            tile, warps, stages = (16, 256), 4, 1
         case "w4a16_vector":
             few = triton.next_power_of_2(rows)
-            how = _how((few, 16, 512 // few), warps=4, stages=2)
+            tile, warps, stages = (few, 16, 512 // few), 4, 2
         case "w4a4_native" if capability[0] == 10:  # below M=128 it would not be the FP4 unit
-            how = _how((128, 128, 256), warps=4, stages=3)
+            tile, warps, stages = (128, 128, 256), 4, 3
         case "w4a4_native":
-            how = _how((few, 128, 256), warps=8 if few == 128 else 4, stages=2)
+            tile, warps, stages = (few, 128, 256), 8 if few == 128 else 4, 2
         case "w4a16_portable" if shape["dtype"] == torch.float32:  # no tensor core: few sums
-            how = _how((16, 32, 32), warps=4, stages=2)
+            tile, warps, stages = (16, 32, 32), 4, 2
         case _ if few < 128 or in_registers:
-            how = _how((few, 64, 64), warps=8 if few > 16 else 4, stages=3)
+            tile, warps, stages = (few, 64, 64), 8 if few > 16 else 4, 3
         case _:
-            how = _how((128, 128, 64), warps=8, stages=3)
-    return KernelSpec(kind, **shape, **how)
-
-
-def _how(tile: tuple[int, ...], warps: int, stages: int) -> dict[str, Any]:
-    return {"tile": tile, "warps": warps, "stages": stages}
+            tile, warps, stages = (128, 128, 64), 8, 3
+    return KernelSpec(kind, **shape, tile=tile, warps=warps, stages=stages)
 
 
 def quantise_specs(capability: tuple[int, int], rows: int, k: int) -> tuple[KernelSpec, KernelSpec]:
     """The two kernels of ``quantise``; the second packs by instruction where there is one."""
-    native = capability in FP4_SINCE
-    second = tuned("quantise", capability, rows, k=k, instruction=native)
-    return tuned("peak", capability, rows, k=k), second
+    native = {"k": k, "instruction": capability in FP4_SINCE}
+    return tuned("peak", capability, rows, k=k), tuned("quantise", capability, rows, **native)
 
 
 def quantise_reference(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -252,10 +245,8 @@ def narrow(dtype: torch.dtype) -> torch.dtype:
 
 
 def _capability(x: Tensor) -> tuple[int, int]:
-    """Of the device of ``x``; (0, 0) on the CPU, where Triton interprets portable kernels."""
+    """(0, 0) on the CPU, where Triton interprets portable kernels."""
     return _capability_of(x.device.index) if x.is_cuda else (0, 0)
 
 
-@cache
-def _capability_of(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
+_capability_of = cache(torch.cuda.get_device_capability)
