@@ -118,7 +118,7 @@ class Analysis:
 
 def analyse(module: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Analysis:
     """Capture, propagate and lower one graph."""
-    graph = passes.capture.capture(passes.simplify.simplify(module), example_inputs)
+    graph = passes.simplify.captured(module, example_inputs)
     graph = replace(graph, kept={**graph.kept, **passes.storage.written_parameters(graph)})
     log.debug("capture: %d nodes, %d linears", len(module.graph.nodes), len(graph.linears))
     rows = passes.propagate.spread(graph, example_inputs)

@@ -15,7 +15,6 @@ from typing import Any
 from torch import Tensor
 
 from .options import Options
-from .released import Released
 from .runtime import Program
 
 UNCHECKED = {"size_asserts": False}
@@ -35,12 +34,9 @@ def compile_lowered(
 ) -> Callable[..., Any]:
     """The callable of ``lowered``'s graph; ``example_inputs`` are one per input of that graph.
 
-    ``mode`` is Inductor's and means nothing on a CPU. A released weight that the graph reads as it
-    is comes back in the call to come, which fails the guards: not worth compiling for.
+    ``mode`` is Inductor's and means nothing on a CPU.
     """
-    tensors = [value for value in example_inputs if isinstance(value, Tensor)]
-    released = any(isinstance(tensor, Released) for tensor in tensors)
-    if released or not on_gpu(tensors):
+    if not on_gpu([value for value in example_inputs if isinstance(value, Tensor)]):
         return lowered.lowered
     from torch._inductor import config, list_mode_options
     from torch._inductor.compile_fx import compile_fx

@@ -26,30 +26,31 @@ def function(name: str, text: str) -> Any:
 
 
 class Launch:
-    """One kernel with its grid and options, launched with the same integers each time."""
+    """One kernel with its grid and options, launched with the same integers each time.
+
+    Triton's launch hooks see the first launch only.
+    """
 
     def __init__(self, function: Any, grid: tuple[int, ...], **options: Any) -> None:
         self.function, self.options = function, options
         self.grid = (*grid, 1, 1)[:3]
-        self._compiled: dict[int, Any] = {}  # device -> the kernel for pointers that are aligned
+        self._ready: dict[int, tuple[Any, ...]] = {}  # device -> how to launch on it
 
     def __call__(self, *arguments: Tensor | int) -> None:
         """``arguments`` are those of the kernel, in order; the first is a tensor."""
-        first = arguments[0]
-        assert isinstance(first, Tensor)
-        if not first.is_cuda:
-            self.function[self.grid](*arguments, **self.options)
-            return
-        device = first.device.index
-        compiled = self._compiled.get(device)
-        if compiled is None or not _aligned(arguments) or torch.cuda.current_device() != device:
-            with torch.cuda.device(device):
-                compiled = self.function[self.grid](*arguments, **self.options)
-            if _aligned(arguments):
-                self._compiled[device] = compiled
-        else:
+        device = arguments[0].get_device()  # type: ignore[union-attr]
+        if device in self._ready and device == torch._C._cuda_getDevice() and _aligned(arguments):
+            run, *known = self._ready[device]
             stream = torch._C._cuda_getCurrentRawStream(device)
-            compiled[self.grid](*arguments, stream=stream)
+            run(*self.grid, stream, *known, None, None, None, *arguments)
+        else:
+            self._first(device, arguments)
+
+    def _first(self, device: int, arguments: tuple[Tensor | int, ...]) -> None:
+        with torch.cuda.device(device):
+            compiled = self.function[self.grid](*arguments, **self.options)
+        if device >= 0 and _aligned(arguments):
+            self._ready[device] = (compiled.run, compiled.function, compiled.packed_metadata)
 
 
 def _aligned(arguments: tuple[Tensor | int, ...]) -> bool:

@@ -98,11 +98,11 @@ def matmul(
     ``a`` as ``rows`` returns it for the target of ``kind``; ``biases`` one a weight, or none.
     """
     weights = list(zip(packed, scales, tensor_scales, strict=True))
-    lead = a[0].shape[:-1]
-    flat = [x.reshape(-1, x.shape[-1]) if x.ndim else x for x in a]
-    empty = flat[0].numel() == 0
-    multiply = products.multiply if flat[0].is_cuda and not empty else products.reference
-    return multiply(flat, weights, biases, kind, dtype).view(*lead, sum(map(len, packed)))
+    first = a[0]
+    flat = [x.view(-1, x.shape[-1]) if x.ndim > 2 else x for x in a]
+    multiply = products.multiply if first.is_cuda and first.numel() else products.reference
+    y = multiply(flat, weights, biases, kind, dtype)
+    return y if first.ndim == 2 else y.view(*first.shape[:-1], y.shape[1])
 
 
 def where(device: torch.device, format: str, scheme: str, rows: int, dtype: Any = None) -> str:

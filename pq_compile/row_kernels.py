@@ -19,11 +19,6 @@ from .generated import Launch, function, remember
 from .row_text import Phase, RowKernel, source
 from .rows import Program, Target, lead_of, parse
 
-WAVES = 8
-"""Instances an SM is given at least, before one takes more rows."""
-
-MOST_ROWS = 4
-
 
 @cache
 def load(kernel: RowKernel) -> Any:
@@ -31,30 +26,30 @@ def load(kernel: RowKernel) -> Any:
     return function(kernel.name, source(kernel))
 
 
-def tuned(program: Program, phase: Phase, rows: int, device: torch.device) -> RowKernel:
-    """How many rows an instance takes and how many warps hold them, for ``rows`` in all."""
+def tuned(program: Program, phase: Phase, device: torch.device) -> RowKernel:
+    """How many rows an instance takes, and how many warps hold one: measured on a Hopper GPU.
+
+    Short rows two by two, as the second waits while the first is reduced.
+    """
     widest = max(program.width, *program.widths)
-    warps = 4 if widest <= 4096 else 8 if widest <= 16384 else 16
-    processors, instruction = 1, False
-    if device.type == "cuda":
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-        instruction = torch.cuda.get_device_capability(device) >= (8, 9)
-    each = 1
-    while each < MOST_ROWS and rows >= 2 * each * WAVES * processors:
-        each *= 2
-    return RowKernel(program, phase, each, warps, instruction)
+    short = widest <= 4096
+    warps = 4 if short else 8 if widest <= 12288 else 16
+    if phase != "once":
+        warps = 2 if short else 8
+    fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+    return RowKernel(program, phase, 2 if short else 1, warps, instruction=fast)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Plan:
     """How a program runs on inputs of given shapes and strides: everything but the tensors."""
 
-    program: Program
-    lead: tuple[int, ...]
+    written: tuple[tuple[tuple[int, ...], torch.dtype], ...]  # what comes out
+    quantised: int  # the first so many of it; then values kept
     copied: tuple[int, ...]  # inputs whose last dimension has gaps
     strides: tuple[tuple[int, int], ...]  # of each input over samples and rows; 0 where shared
     rows: int  # of a sample
-    launches: tuple[Launch, ...]  # one for each phase
+    launches: tuple[Launch, ...]  # one for each phase; none if there are no rows
 
 
 _PLANS: dict[Any, Plan] = {}
@@ -67,22 +62,22 @@ def run(text: str, inputs: Sequence[Tensor]) -> list[Tensor]:
     Codes equal the reference's but where the fp32 arithmetic of the steps, in another order, falls
     on the other side of a tie.
     """
-    key = (text, inputs[0].device, *((x.shape, x.stride(), x.dtype) for x in inputs))
+    x = inputs[0]
+    key = (text, x.device, *[(one.shape, one.stride(), one.dtype) for one in inputs])
     plan = _PLANS.get(key)
     if plan is None:
         plan = remember(_PLANS, key, _plan(parse(text), inputs))
-    results = outputs(plan.program, plan.lead, inputs[0])
+    results = [torch.empty(shape, dtype=dtype, device=x.device) for shape, dtype in plan.written]
     if not plan.launches:
         return results
     given: list[Tensor | int] = []
-    for i, (x, strides) in enumerate(zip(inputs, plan.strides, strict=True)):
-        given += (x.contiguous() if i in plan.copied else x, *strides)
-    split = len(results) - len(plan.program.kept)
-    quantised, kept = results[:split], results[split:]
+    for i, strides in enumerate(plan.strides):
+        given += (inputs[i].contiguous() if i in plan.copied else inputs[i], *strides)
+    quantised, kept = results[: plan.quantised], results[plan.quantised :]
     if len(plan.launches) == 1:
         plan.launches[0](*given, *kept, *quantised, plan.rows)
         return results
-    peak = torch.zeros((), dtype=torch.int32, device=inputs[0].device)
+    peak = torch.zeros((), dtype=torch.int32, device=x.device)
     plan.launches[0](*given, *kept, peak, plan.rows)
     three = (quantised[0], quantised[1], quantised[-1])
     plan.launches[1](*given, peak, *three, plan.rows)
@@ -95,11 +90,12 @@ def _plan(program: Program, inputs: Sequence[Tensor]) -> Plan:
     copied = tuple(i for i, x in enumerate(inputs) if x.stride(-1) != 1 and x.shape[-1] != 1)
     like = [torch.empty(x.shape, device="meta") if i in copied else x for i, x in enumerate(inputs)]
     strides = tuple(_strides(x, len(lead) + 1) for x in like)
+    written = tuple((tuple(x.shape), x.dtype) for x in outputs(program, lead, like[0].to("meta")))
     phases: tuple[Phase, ...] = ("peak", "codes")
     if program.target in ("fp8", "none"):
         phases = ("once",)
     device = inputs[0].device
-    kernels = [tuned(program, phase, samples * rows, device) for phase in phases]
+    kernels = [tuned(program, phase, device) for phase in phases]
     launches = [
         Launch(
             load(kernel),
@@ -112,7 +108,8 @@ def _plan(program: Program, inputs: Sequence[Tensor]) -> Plan:
         for kernel in kernels
         if samples * rows
     ]
-    return Plan(program, lead, copied, strides, rows, tuple(launches))
+    quantised = len(written) - len(program.kept)
+    return Plan(written, quantised, copied, strides, rows, tuple(launches))
 
 
 def _strides(x: Tensor, rank: int) -> tuple[int, int]:

@@ -1,9 +1,8 @@
 """The text of the kernels of a row program, generated step by step.
 
 A program instance holds whole rows in registers, a row at a time: a row of 3072 channels is three
-chunks of 1024, so that no lane is idle. What depends on the sample alone is computed once,
-before the loop over rows. NVFP4 needs the largest magnitude of all rows before the first code can
-be written, so its programs run twice, first for the peak.
+chunks of 1024, so that no lane is idle. NVFP4 needs the largest magnitude of all rows before the
+first code can be written, so its programs run twice, first for the peak.
 """
 
 from __future__ import annotations
@@ -109,8 +108,6 @@ class RowKernel:
     rows: int = 4  # of one sample, one after the other, by one program instance
     warps: int = 4
     instruction: bool = False  # convert to e4m3 by instruction, which sm_89 and later have
-    ahead: bool = False  # load the next row before this one is computed
-    hoist: bool = True  # keep what all rows of a sample share in registers
 
     @property
     def name(self) -> str:
@@ -151,21 +148,14 @@ def _body(kernel: RowKernel) -> Iterator[str]:
     for width in sorted({w for w in program.widths if w > 1}):
         for c, chunk in enumerate(chunks(width)):
             yield f"c{width}_{c} = {chunk.start} + tl.arange(0, {chunk.size})"
-    hoisted = _hoisted(program) if kernel.hoist else []
-    yield from _values(program, hoisted, "sample * x{0}_b")
     if kernel.phase == "peak":
         yield "largest = tl.program_id(0) * 0"
     if kernel.phase == "codes":
         yield "tensor_scale = tensor_scale_of(tl.load(peak).to(tl.float32, bitcast=True))"
         if program.target in ("nvfp4", "nvfp4_half"):
             yield "tl.store(tensor, tensor_scale)"
-    yield f"last = tl.minimum(first + {kernel.rows}, T)"
-    rest = [i for i in range(len(program.widths)) if i not in hoisted]
-    if kernel.ahead:
-        loads = [i for i in rest if i < len(program.inputs) and program.inputs[i].kind == "row"]
-        yield from _loads(program, loads, "sample * x{0}_b + (first + sample * 0) * x{0}_t", "n")
-    yield "for row in range(first, last):"
-    for line in _row(kernel, rest):
+    yield f"for row in range(first, tl.minimum(first + {kernel.rows}, T)):"
+    for line in _row(kernel):
         yield "    " + line
     if kernel.phase == "peak":
         yield "tl.atomic_max(peak, largest)"
@@ -179,21 +169,11 @@ def _pointers(program: Program) -> Iterator[str]:
         yield "scales = scales.to(tl.pointer_type(tl.uint8))"
 
 
-def _row(kernel: RowKernel, numbers: Sequence[int]) -> Iterator[str]:
+def _row(kernel: RowKernel) -> Iterator[str]:
     program = kernel.program
     yield "at = row + sample * 0"  # int64
     yield "index = sample * T + at"
-    if kernel.ahead:
-        loads = [i for i in numbers if i < len(program.inputs) and program.inputs[i].kind == "row"]
-        for i in loads:
-            for c in range(len(chunks(program.widths[i]))):
-                yield f"v{i}_{c} = n{i}_{c}.to(tl.float32)"
-        where = "sample * x{0}_b + (at + 1) * x{0}_t"
-        yield from _loads(program, loads, where, "n", "row + 1 < last")
-        left = [i for i in numbers if i not in loads]
-        yield from _values(program, left, "sample * x{0}_b")
-    else:
-        yield from _values(program, numbers, "sample * x{0}_b + at * x{0}_t")
+    yield from _values(program)
     if kernel.phase != "codes":
         yield from _kept(program)
     if kernel.phase == "peak":
@@ -280,53 +260,31 @@ def _parts(program: Program, only: int | None = None) -> Iterator[tuple[str, Chu
 # ---------------------------------------------------------------- values
 
 
-def _hoisted(program: Program) -> list[int]:
-    """The values that all rows of a sample share."""
-    shared = [kind == "sample" for kind, _ in program.inputs]
-    for _, args in program.steps:
-        shared.append(all(shared[a] for a in args if type(a) is int))
-    return [i for i, yes in enumerate(shared) if yes]
-
-
 def _name(program: Program, value: int, chunk: int) -> str:
     return f"v{value}" if program.widths[value] == 1 else f"v{value}_{chunk}"
 
 
-def _values(program: Program, numbers: Sequence[int], offset: str) -> Iterator[str]:
-    """Statements that load and compute the values of these numbers, in order."""
-    for number in _as_needed(program, numbers):
+def _values(program: Program) -> Iterator[str]:
+    """Statements that load and compute every value, what a sample shares as late as can be: fewer
+    registers then wait for it, and more rows are under way at once.
+    """
+    for number in _as_needed(program):
         if number >= len(program.inputs):
             yield from _step(program, number)
             continue
-        yield from _loads(program, [number], offset, "v")
-        for c in range(len(chunks(program.widths[number]))):
-            yield f"v{number}_{c} = v{number}_{c}.to(tl.float32)"
-
-
-def _as_needed(program: Program, numbers: Sequence[int]) -> list[int]:
-    """Rows first; what a sample shares just before the first step that reads it."""
-    first = [i for i in numbers if i < len(program.inputs) and program.inputs[i].kind == "row"]
-    found = dict.fromkeys(first)
-    for i in numbers:
-        if i >= len(program.inputs):
-            args = program.steps[i - len(program.inputs)].args
-            found |= dict.fromkeys(a for a in args if type(a) is int and a in numbers)
-            found[i] = None
-    return list(found | dict.fromkeys(numbers))
-
-
-def _loads(
-    program: Program, numbers: Sequence[int], offset: str, name: str, guard: str = ""
-) -> Iterator[str]:
-    """Loads of inputs, as they are stored, into ``name``; nothing is read unless ``guard``."""
-    for number in numbers:
         width = program.widths[number]
         for c, chunk in enumerate(chunks(width)):
-            masks = [f"(c{width}_{c} < {width})"] if chunk.masked else []
-            masks += [f"(c{width}_{c} >= 0) & ({guard})"] if guard else []
-            mask = f", {' & '.join(masks)}, other=0.0" if masks else ""
-            at = f"x{number} + {offset.format(number)} + c{width}_{c}"
-            yield f"{name}{number}_{c} = tl.load({at}{mask})"
+            mask = f", c{width}_{c} < {width}, other=0.0" if chunk.masked else ""
+            at = f"x{number} + sample * x{number}_b + at * x{number}_t + c{width}_{c}"
+            yield f"v{number}_{c} = tl.load({at}{mask}).to(tl.float32)"
+
+
+def _as_needed(program: Program) -> list[int]:
+    """Rows first; what a sample shares just before the first step that reads it."""
+    found = dict.fromkeys(i for i, one in enumerate(program.inputs) if one.kind == "row")
+    for i, step in enumerate(program.steps, len(program.inputs)):
+        found |= dict.fromkeys([*(a for a in step.args if type(a) is int), i])
+    return list(found | dict.fromkeys(program.parts))
 
 
 def _step(program: Program, number: int) -> Iterator[str]:

@@ -193,18 +193,21 @@ def decode(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """``decode_reference`` by one kernel, bit for bit."""
     packed = weights[0][0]
-    key = (precision, packed.device, bool(biases), *(w[0].shape for w in weights))
+    key = (precision, packed.device, bool(biases), *[w[0].shape for w in weights])
     plan = _PLANS.get(key)
     if plan is None:
         plan = remember(_PLANS, key, _plan(weights, bool(biases), precision))
     launch, n, k = plan
     dtype = torch.float8_e4m3fn if precision == "fp8" else torch.bfloat16
-    out = packed.new_empty((n, k), dtype=dtype)
-    column = packed.new_empty(n, dtype=torch.float32)
-    bias = packed.new_empty(n, dtype=biases[0].dtype) if biases else None
+    out = torch.empty((n, k), dtype=dtype, device=packed.device)
+    column = torch.empty((1, n), dtype=torch.float32, device=packed.device)
+    joined = len(weights) > 1 and bool(biases)
+    bias = biases[0] if biases else None
+    if joined:
+        bias = torch.empty(n, dtype=biases[0].dtype, device=packed.device)
     arguments: list[Tensor] = []
     for i, weight in enumerate(weights):
-        arguments += (*weight, biases[i] if biases else weight[2])
+        arguments += (*weight, biases[i] if joined else weight[2])
     launch(*arguments, out, column, column if bias is None else bias)
     return out, column, bias
 
@@ -217,7 +220,7 @@ def _plan(weights: Sequence[Weight], bias: bool, precision: Precision) -> tuple[
     packed = weights[0][0]
     outputs, k = tuple(len(w[0]) for w in weights), 2 * packed.shape[1]
     fast = precision == "fp8" and packed.is_cuda
-    kernel = DecodeKernel(precision, k, outputs, bias, instruction=fast)
+    kernel = DecodeKernel(precision, k, outputs, bias and len(outputs) > 1, instruction=fast)
     launch = Launch(load(kernel), (sum(kernel.blocks),), num_warps=kernel.warps)
     return launch, sum(outputs), k
 
@@ -225,7 +228,9 @@ def _plan(weights: Sequence[Weight], bias: bool, precision: Precision) -> tuple[
 def decode_reference(
     weights: Sequence[Weight], biases: Sequence[Tensor], precision: Precision
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Weights [N_i, K] below each other, [N, K]; the factor of each row, fp32 [N]; biases [N]."""
+    """Weights [N_i, K] below each other, [N, K]; the factor of each of those rows, fp32 [1, N];
+    and the biases [N].
+    """
     found, columns = [], []
     for packed, scales, tensor_scale in weights:
         if precision == "fp8":
@@ -234,7 +239,7 @@ def decode_reference(
             found.append(NVFP4.decode(packed, scales).to(torch.bfloat16))
         times = 6.0 if precision == "fp8" else 1.0
         columns.append((tensor_scale * times).expand(len(packed)))
-    return torch.cat(found), torch.cat(columns), torch.cat(list(biases)) if biases else None
+    return torch.cat(found), torch.cat(columns)[None], torch.cat(list(biases)) if biases else None
 
 
 def matmul_fp8(
@@ -246,7 +251,7 @@ def matmul_fp8(
         a,
         w.t(),
         scale_a=a_scale,
-        scale_b=column[None],
+        scale_b=column,
         bias=bias,
         out_dtype=torch.bfloat16,
         use_fast_accum=a.shape[1] <= LONG,
