@@ -5,11 +5,26 @@ between two blocks stays whole, so that what follows can be computed together wi
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+
+from .capture import Graph, capture
+from .storage import written
+
+
+def captured(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Graph:
+    """``capture`` of the graph simplified; as it is if it writes to a tensor, or may.
+
+    What was a copy would be the tensor itself then.
+    """
+    graph = capture(simplify(module), example_inputs)
+    if graph.module is module or (graph.view is not None and not written(graph.view)):
+        return graph
+    return capture(module, example_inputs)
 
 
 def simplify(module: fx.GraphModule) -> fx.GraphModule:
@@ -25,18 +40,31 @@ def simplify(module: fx.GraphModule) -> fx.GraphModule:
     for node in module.graph.nodes:
         if node in wholes:
             new[node] = new[wholes[node]]
-        else:
-            new[node] = graph.node_copy(node, lambda old: new[old])
-    for node in wholes:
-        for piece in node.all_input_nodes:
-            if not new[piece].users:
-                graph.erase_node(new[piece])
-    return fx.GraphModule(module, graph)
+            continue
+        new[node] = graph.node_copy(node, lambda old: new[old])
+        if hasattr(node, "_dynamo_source"):  # an attribute of placeholders, which has their names
+            new[node]._dynamo_source = node._dynamo_source
+    pieces = dict.fromkeys(piece for node in wholes for piece in node.all_input_nodes)
+    for piece in pieces:
+        if not new[piece].users:
+            graph.erase_node(new[piece])
+    return _like(module, graph)
+
+
+def _like(module: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
+    """``graph`` in place of that of ``module``, and all that Dynamo noted on the module."""
+    found = fx.GraphModule(module, graph)
+    found.meta.update(module.meta)
+    if hasattr(module, "_param_name_to_source"):
+        found._param_name_to_source = module._param_name_to_source
+    return found
 
 
 def _whole(node: fx.Node) -> fx.Node | None:
     """The tensor that ``node`` concatenates all the slices of, in order; None if it doesn't."""
     if node.op != "call_function" or node.target not in (torch.cat, torch.concat):
+        return None
+    if any(user.op == "output" for user in node.users):  # whoever gets a result may write to it
         return None
     given: dict[str, Any] = {"dim": 0} | dict(zip(("tensors", "dim"), node.args, strict=False))
     given |= node.kwargs
@@ -49,8 +77,9 @@ def _whole(node: fx.Node) -> fx.Node | None:
     if len(sources) > 1 or not meets or bounds[0][0] not in (None, 0) or bounds[-1][1] is not None:
         return None
     source = sources.pop()
-    inner = bounds[:-1]
-    return source if all(_within(stop, source, given["dim"]) for _, stop in inner) else None
+    stops = [stop for _, stop in bounds[:-1]]
+    inside = all(_within(stop, source, given["dim"]) for stop in stops)
+    return source if inside and stops == sorted(stops) else None
 
 
 def _slice(piece: Any, dim: int) -> tuple[fx.Node, slice] | None:
