@@ -52,8 +52,10 @@ class Maker:
         """
         with torch.inference_mode(False):
             original = values(tensor)
-            reordered = _laid_out_as(original, self.fold(name, original))
-            folded = None if reordered is original or name not in self.dense else reordered
+            reordered = self.fold(name, original)
+            folded = None
+            if reordered is not original and name in self.dense:
+                folded = _laid_out_as(tensor, reordered)
             packed = self._pack(name, reordered) if name in self.packed else None
             if name in self.dense and folded is None:
                 restore(tensor)
@@ -132,10 +134,16 @@ def bytes_by_kind(entries: Mapping[str, Entry], tensors: Mapping[str, Tensor]) -
     }
 
 
-def _laid_out_as(original: Tensor, reordered: Tensor) -> Tensor:
-    """``reordered`` in the strides of ``original``, which compiled graphs take for granted."""
-    if reordered.stride() == original.stride():
+def _laid_out_as(parameter: Tensor, reordered: Tensor) -> Tensor:
+    """``reordered`` in the strides that graphs are compiled for.
+
+    They are the parameter's own; a released one has none, and its copy is contiguous.
+    """
+    if isinstance(parameter, Released):
+        return reordered.contiguous()
+    if reordered.stride() == parameter.stride():
         return reordered
-    return torch.empty_strided(
-        original.shape, original.stride(), dtype=original.dtype, device=original.device
-    ).copy_(reordered)
+    copied = torch.empty_strided(
+        parameter.shape, parameter.stride(), dtype=parameter.dtype, device=parameter.device
+    )
+    return copied.copy_(reordered)

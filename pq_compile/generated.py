@@ -1,8 +1,8 @@
 """Generated text becomes a Triton function, once; and its launches, which should cost little.
 
 Triton binds and specialises the arguments of every launch anew, 30 us and more on a slow host. A
-``Launch`` does it once: its integers never change, and pointers are multiples of 16 as they were
-then, or take the long way again.
+``Launch`` does it once for the dtypes of its tensors: its integers never change, and pointers are
+multiples of 16 as they were then, or take the long way again.
 """
 
 from __future__ import annotations
@@ -34,31 +34,26 @@ class Launch:
     def __init__(self, function: Any, grid: tuple[int, ...], **options: Any) -> None:
         self.function, self.options = function, options
         self.grid = (*grid, 1, 1)[:3]
-        self._ready: dict[int, tuple[Any, ...]] = {}  # device -> how to launch on it
+        self._ready: dict[Any, tuple[Any, ...]] = {}  # device and dtypes -> how to launch
 
     def __call__(self, *arguments: Tensor | int) -> None:
         """``arguments`` are those of the kernel, in order; the first is a tensor."""
         device = arguments[0].get_device()  # type: ignore[union-attr]
-        if device in self._ready and device == torch._C._cuda_getDevice() and _aligned(arguments):
-            run, *known = self._ready[device]
+        key, addresses = [device], 0
+        for one in arguments:
+            if type(one) is not int:
+                key.append(one.dtype)  # type: ignore[union-attr]
+                addresses |= one.data_ptr()  # type: ignore[union-attr]
+        ready = None if addresses % 16 else self._ready.get(tuple(key))
+        if ready is not None and device == torch._C._cuda_getDevice():
+            run, *known = ready
             stream = torch._C._cuda_getCurrentRawStream(device)
             run(*self.grid, stream, *known, None, None, None, *arguments)
-        else:
-            self._first(device, arguments)
-
-    def _first(self, device: int, arguments: tuple[Tensor | int, ...]) -> None:
+            return
         with torch.cuda.device(device):
             compiled = self.function[self.grid](*arguments, **self.options)
-        if device >= 0 and _aligned(arguments):
-            self._ready[device] = (compiled.run, compiled.function, compiled.packed_metadata)
-
-
-def _aligned(arguments: tuple[Tensor | int, ...]) -> bool:
-    together = 0
-    for one in arguments:
-        if type(one) is not int:
-            together |= one.data_ptr()  # type: ignore[union-attr]
-    return together % 16 == 0
+        if device >= 0 and addresses % 16 == 0:
+            self._ready[tuple(key)] = (compiled.run, compiled.function, compiled.packed_metadata)
 
 
 def remember(memory: dict[Any, Any], key: Any, value: Any, most: int = 4096) -> Any:
