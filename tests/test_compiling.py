@@ -109,10 +109,12 @@ def oddly_laid_out() -> Denoiser:
     return model
 
 
+@pytest.mark.parametrize("recipe", ["rtn", "random"])
 @pytest.mark.parametrize("make", [partial(denoiser, blocks=1), oddly_laid_out])
-def test_a_compiled_graph_serves_what_the_plan_says(make: Any) -> None:
+def test_a_compiled_graph_serves_what_the_plan_says(make: Any, recipe: str) -> None:
     model, plain = make(), make()
-    fast: Any = torch.compile(model, backend="permuquant", options=OPTIONS)
+    options = {**OPTIONS, "recipe": recipe}
+    fast: Any = torch.compile(model, backend="permuquant", options=options)
     for seed in range(3):
         found = run(fast, *inputs(seed))
     with served_by_hand(plain, model):
@@ -134,12 +136,14 @@ class Reread(nn.Module):
         return out + self.down.weight.sum(1) if again else out
 
 
-def test_a_released_weight_that_comes_back_in_a_call_is_read_as_it_was() -> None:
+@pytest.mark.parametrize("recipe", ["rtn", "random"])
+def test_a_released_weight_that_comes_back_in_a_call_is_read_as_it_was(recipe: str) -> None:
     torch.manual_seed(0)
     model, plain, x = Reread(), Reread(), torch.randn(2, 12, 64, dtype=torch.float64)
     model.down.weight = nn.Parameter(model.down.weight.T.contiguous().T, False)
     plain.load_state_dict(model.state_dict())
-    fast: Any = torch.compile(model, backend="permuquant", options=OPTIONS)
+    options = {**OPTIONS, "recipe": recipe}
+    fast: Any = torch.compile(model, backend="permuquant", options=options)
     run(fast, x)
     for again in (False, True, True, False):
         found = run(fast, x, again)
