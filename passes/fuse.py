@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
-from pq_compile.rows import Input, Kept, Program, Step, Target
+from pq_compile.rows import OPS, Input, Kept, Program, Step, Target
 
 from .meanings import LAST, steps_of
 
@@ -50,12 +50,28 @@ def chains(module: fx.GraphModule, readers: Readers, target: Target) -> dict[fx.
     for root in sorted(readers, key=place.__getitem__):
         if len(_shape(root)) not in (2, 3) or not _fits(root):
             continue
-        chain = _Growth(root, place, taken, readers[root]).chain(target)
+        chain = _grown(root, place, taken, readers[root]).chain(target)
         if len(chain.inputs) > MOST_INPUTS or len(chain.program.steps) > MOST_STEPS:
-            chain = _Growth(root, place, set(place), readers[root]).chain(target)
+            chain = _grown(root, place, set(place), readers[root]).chain(target)
         taken.update(chain.kept)
         found[root] = chain
     return found
+
+
+def _grown(
+    root: fx.Node,
+    place: Mapping[fx.Node, int],
+    taken: Collection[fx.Node],
+    readers: Collection[fx.Node],
+) -> _Growth:
+    """What has grown from ``root`` without the nodes that ``taken`` rules out, and without those
+    that no program can compute.
+    """
+    growth = _Growth(root, place, taken, readers)
+    while stuck := growth.stuck():
+        taken = stuck | set(taken)
+        growth = _Growth(root, place, taken, readers)
+    return growth
 
 
 class _Growth:
@@ -90,9 +106,18 @@ class _Growth:
             return False
         if any(self._kind(one, self.width[node]) is None for one in operands):
             return False
-        late = self.place[self.root]
+        late = len(self.place) if _is_number(node) else self.place[self.root]
         free = all(user in self.inside or self.place[user] > late for user in node.users)
         return free or self._kind(node) == "sample"
+
+    def stuck(self) -> set[fx.Node]:
+        """Nodes inside that read a number for every row from outside, or reduce one."""
+        return {
+            node
+            for node in self.inside
+            for one in _operands(node)
+            if _is_number(one) and (one not in self.inside or _reduces(node))
+        }
 
     def _kind(self, node: fx.Node, width: int | None = None) -> Literal["row", "sample"] | None:
         """How a program of this width can read or compute ``node``; None if it can't.
@@ -109,14 +134,13 @@ class _Growth:
             return None
         *given, last = shape
         if len(given) == len(self.lead) and all(map(_equal, given, self.lead)):
-            made = last == 1 and bool(_operands(node))
-            return "row" if last == width or made else None
+            made = _equal(last, 1) and bool(_operands(node))
+            return "row" if _equal(last, width) or made else None
         padded = [1] * (len(self.lead) - len(given)) + given
-        shared = padded[-1] == 1 and all(
-            _equal(a, b) or (isinstance(a, int) and a == 1)
-            for a, b in zip(padded, self.lead, strict=True)
+        shared = _equal(padded[-1], 1) and all(
+            _equal(a, b) or _equal(a, 1) for a, b in zip(padded, self.lead, strict=True)
         )
-        return "sample" if shared and last == width else None
+        return "sample" if shared and _equal(last, width) else None
 
     def chain(self, target: Target) -> Chain:
         """The program of what has grown."""
@@ -161,6 +185,15 @@ class _Growth:
 def _operands(node: fx.Node) -> list[fx.Node]:
     found = [o for _, operands in steps_of(node) or () for o in operands]
     return [o for o in dict.fromkeys(found) if isinstance(o, fx.Node)]
+
+
+def _is_number(node: fx.Node) -> bool:
+    """Whether it holds one number for every row."""
+    return bool(_shape(node)) and _equal(_shape(node)[-1], 1)
+
+
+def _reduces(node: fx.Node) -> bool:
+    return any(not OPS[op].text for op, _ in steps_of(node) or () if op in OPS)
 
 
 def _parts(root: fx.Node) -> tuple[fx.Node, ...]:

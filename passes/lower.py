@@ -23,9 +23,9 @@ from torch._subclasses import FakeTensorMode
 from pq_compile.formats import FORMATS, Format
 from pq_compile.released import Released
 from pq_compile.routes import Route
-from pq_compile.scratch import MOST_PARTS
 
 from .fuse import Chain, chains
+from .teams import Operands, operands, readers, size, teams
 
 FIELDS = ("packed", "scales", "tensor_scale")
 QUANTISED = {"fp8": 2, "nvfp4_fp8": 2, "nvfp4_half": 2, "nvfp4": 3}
@@ -53,14 +53,16 @@ def lower(
     routes: Mapping[str, str],
     format_name: str,
     route: Route | None = None,
+    wish: str = "auto",
 ) -> Lowered:
     """Rewrite the linears named in ``routes`` (node name -> scheme); ``module`` stays.
 
     ``route`` is how those of its scheme are multiplied; what they read is quantised by row programs
-    if it says to what. None: by ``permuquant.linear`` alone. A weight that is also read by
-    something else stays an input beside its packed form.
+    if it says to what. The others, and all if it is None, are a ``permuquant.linear`` each, which
+    takes the route that is named ``wish`` where it can. A weight that is also read by something
+    else stays an input beside its packed form.
     """
-    return _Lowering(module, routes, format_name, route).lowered()
+    return _Lowering(module, routes, format_name, route, wish).lowered()
 
 
 class _Lowering:
@@ -72,17 +74,23 @@ class _Lowering:
         routes: Mapping[str, str],
         format_name: str,
         route: Route | None,
+        wish: str,
     ) -> None:
         self.module, self.routes, self.format, self.route = module, routes, format_name, route
+        self.wish = [] if wish == "auto" else [wish]
         self.linears = {n: operands(n) for n in module.graph.nodes if n.name in routes}
-        readers = _readers(self.linears, routes, route)
-        self.chains = chains(module, readers, route.target) if route and route.target else {}
-        teams = [team for root in self.chains for team in _teams(readers[root], self.linears)]
-        self.teams = {team[0]: team for team in teams}
+        self.chains: dict[fx.Node, Chain] = {}
+        self.teams: dict[fx.Node, tuple[fx.Node, ...]] = {}
+        if route and route.target:
+            alike = readers(self.linears, routes, route)
+            self.chains = chains(module, alike, route.target)
+            found = [teams(alike[root], self.linears, route.kind) for root in self.chains]
+            self.teams = {team[0]: team for each in found for team in each}
         self.graph = fx.Graph()
         self.new: dict[fx.Node, fx.Node] = {}
         self.packed: dict[fx.Node, list[fx.Node]] = {}
         self.rows: dict[fx.Node, list[fx.Node]] = {}  # root -> its quantised tensors
+        self.replaced: set[fx.Node] = set()  # what chains compute, as it was computed before
 
     def lowered(self) -> Lowered:
         sources, weights = self._inputs()
@@ -96,6 +104,9 @@ class _Lowering:
                 self.new[node] = self.graph.node_copy(node, lambda old: self.new[old])
             if node in self.chains:
                 self._quantise(self.chains[node])
+        for node in reversed(self.graph.nodes):
+            if node in self.replaced and not node.users:
+                self.graph.erase_node(node)
         return Lowered(fx.GraphModule(self.module, self.graph), tuple(sources), weights)
 
     def _inputs(self) -> tuple[list[Source], tuple[int, ...]]:
@@ -122,7 +133,7 @@ class _Lowering:
         """One linear by itself."""
         x, weight, bias = self.linears[node]
         given = (self.new[x], *self.packed[weight], None if bias is None else self.new[bias])
-        how = (self.format, self.routes[node.name])
+        how = (self.format, self.routes[node.name], *self.wish)
         self.new[node] = self._call("linear", (*given, *how), node)
         self.new[node].meta = dict(node.meta)
 
@@ -133,13 +144,10 @@ class _Lowering:
         count = QUANTISED[chain.program.target]
         found = [self.graph.call_function(getitem, (both, i)) for i in range(count)]
         self.rows[chain.root] = found
-        dead = [self.new[node] for node in chain.inside]
+        self.replaced.update(self.new[node] for node in chain.inside)
         for i, node in enumerate(chain.kept):
             self.new[node] = self.graph.call_function(getitem, (both, count + i))
             self.new[node].meta = dict(node.meta)
-        for gone in reversed(dead):
-            if not gone.users:
-                self.graph.erase_node(gone)
 
     def _product(self, team: Sequence[fx.Node]) -> None:
         """Linears that read one tensor, as one product whose outputs lie side by side."""
@@ -153,7 +161,7 @@ class _Lowering:
         if len(team) == 1:
             self.new[team[0]] = y
             return
-        widths = [_size(self.linears[node][1])[0] for node in team]
+        widths = [size(self.linears[node][1])[0] for node in team]
         parts = self.graph.call_function(torch.split, (y, widths, -1))
         for i, node in enumerate(team):
             self.new[node] = self.graph.call_function(getitem, (parts, i))
@@ -164,60 +172,6 @@ class _Lowering:
         node = self.graph.call_function(target, arguments)
         node.meta = {key: value for key, value in like.meta.items() if key != "example_value"}
         return node
-
-
-Operands = tuple[fx.Node, fx.Node, fx.Node | None]
-
-
-def _readers(
-    linears: Mapping[fx.Node, Operands], routes: Mapping[str, str], route: Route | None
-) -> dict[fx.Node, list[fx.Node]]:
-    """The tensors that linears of the route's scheme read -> those linears."""
-    found: dict[fx.Node, list[fx.Node]] = {}
-    for node, (x, _, _) in linears.items():
-        if route is not None and routes[node.name] == route.scheme:
-            found.setdefault(x, []).append(node)
-    return found
-
-
-def _teams(
-    readers: Sequence[fx.Node], linears: Mapping[fx.Node, Operands]
-) -> list[tuple[fx.Node, ...]]:
-    """Linears that are multiplied together: small ones first, as long as their weights are no
-    larger together than the largest of all, which bounds the scratch; in the order of the graph.
-    """
-    most = max(_elements(weight) for _, weight, _ in linears.values())
-    teams: list[list[fx.Node]] = []
-    for node in sorted(readers, key=lambda one: _elements(linears[one][1])):
-        _, weight, bias = linears[node]
-        if (
-            teams
-            and len(teams[-1]) < MOST_PARTS
-            and (bias is None) == (linears[teams[-1][0]][2] is None)
-        ):
-            if sum(_elements(linears[one][1]) for one in teams[-1]) + _elements(weight) <= most:
-                teams[-1].append(node)
-                continue
-        teams.append([node])
-    order = {node: i for i, node in enumerate(linears)}
-    return [tuple(sorted(team, key=order.__getitem__)) for team in teams]
-
-
-def _elements(weight: fx.Node) -> int:
-    n, k = _size(weight)
-    return n * k
-
-
-def _size(weight: fx.Node) -> tuple[int, int]:
-    n, k = weight.meta["example_value"].shape
-    return int(n), int(k)
-
-
-def operands(node: fx.Node) -> Operands:
-    """Input, weight and bias of a linear node, however they were passed."""
-    given: dict[str, Any] = dict(zip(("input", "weight", "bias"), node.args, strict=False))
-    given |= node.kwargs
-    return given["input"], given["weight"], given.get("bias")
 
 
 def example_inputs(
@@ -248,9 +202,7 @@ def fake_packed(weight: Tensor, format_: Format, mode: FakeTensorMode | None) ->
         return format_.quantize(format_.pad(dense))
 
 
-def _only_weight(
-    user: fx.Node, weight: fx.Node, linears: Mapping[fx.Node, tuple[Any, ...]]
-) -> bool:
+def _only_weight(user: fx.Node, weight: fx.Node, linears: Mapping[fx.Node, Operands]) -> bool:
     operands = linears.get(user)
     return (
         operands is not None and operands[1] is weight and weight not in (operands[0], operands[2])

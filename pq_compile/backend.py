@@ -29,6 +29,7 @@ import passes.reorder
 import passes.revise
 import passes.simplify
 import passes.storage
+import passes.teams
 
 from . import ops  # registers the operators of the lowered graph
 from .compiling import compile_lowered
@@ -127,9 +128,8 @@ def analyse(module: fx.GraphModule, example_inputs: Sequence[Any], options: Opti
     log.debug("propagate: %d groups, %d of them free", len(groups.groups), free)
     by_name = {name: example_inputs[i] for name, i in graph.positions.items()}
     options = settle_for(options, graph.linears, by_name)
-    lowered = passes.lower.lower(
-        graph.module, schemes(graph, options), options.format, route(graph, options, by_name)
-    )
+    how = schemes(graph, options), options.format, route(graph, options, by_name), options.route
+    lowered = passes.lower.lower(graph.module, *how)
     log.debug("lower: %d weights wanted packed", len(lowered.packed))
     program = _program(graph, groups, lowered, example_inputs)
     sizes = {name: example_inputs[i].nbytes for i, name in program.parameters.items()}
@@ -225,7 +225,7 @@ def _sites(graph: passes.capture.Graph, lowered: passes.lower.Lowered) -> tuple[
     readers: dict[fx.Node, list[int]] = {}
     for node in graph.module.graph.nodes:
         if node.name in graph.nodes:
-            x, weight, _ = passes.lower.operands(node)
+            x, weight, _ = passes.teams.operands(node)
             if index[weight] in lowered.packed:
                 readers.setdefault(x, []).append(index[weight])
     return tuple(Site(node, tuple(dict.fromkeys(weights))) for node, weights in readers.items())
