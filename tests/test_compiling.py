@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 import torch._inductor.compile_fx as inductor
 from torch import Tensor, nn
 
+import pq_compile
 from pq_compile import backend, compiling
 from pq_compile.runtime import Program
 from tests.models import (
@@ -149,3 +151,37 @@ def test_a_released_weight_that_comes_back_in_a_call_is_read_as_it_was(recipe: s
         found = run(fast, x, again)
         with served_by_hand(plain, model):
             assert relative_error(found, run(plain, x, again)) < CLOSE
+
+
+def _nothing(model: Denoiser) -> None:
+    pass
+
+
+def _merge(model: Denoiser) -> None:
+    for block in model.blocks:
+        block.up.weight.data += 0.1
+
+
+def _load(model: Denoiser) -> None:
+    model.load_state_dict(denoiser(5, dtype=torch.bfloat16).state_dict())
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_read_packed_weights_in_place_and_none_that_was_replaced() -> None:
+    counted = torch._dynamo.utils.counters["inductor"]
+    counted.clear()
+    options = {**OPTIONS, "scheme": "w4a16"}
+    model = denoiser(dtype=torch.bfloat16).to("cuda")
+    fast: Any = torch.compile(
+        model, backend=partial(backend.permuquant, mode="reduce-overhead", options=options)
+    )
+    given = [x.to("cuda") for x in inputs(0, dtype=torch.bfloat16)]
+    for change in (_nothing, _merge, pq_compile.refresh, _load):
+        change(model)
+        for _ in range(5):  # packs, warms up, records, replays
+            found = run(fast, *given).clone()
+        with served_by_hand(copy.deepcopy(model), model) as plain:
+            assert relative_error(found, run(plain, *given)) < 2e-2
+    assert counted["cudagraph_skips"] == 0
+    one_recording = sum(map(len, unit_of(model).served().values()))
+    assert 0 < counted["cudagraph_recorded_non_static_inputs"] < one_recording
