@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
+from .errors import Refused
 from .vector_ptx import DESIGNS, DTYPES, PREFETCH, SCALE, SCALE_BY_INTEGERS, Design
 
 __all__ = ["DESIGNS", "Vector", "choose", "text", "tuned"]
@@ -55,15 +56,19 @@ def choose(kind: str, capability: tuple[int, int], **shape: Any) -> Vector | Non
     """The design that serves a ``shape`` by "w4a16_vector" or by its own kind; None if none does.
 
     They take 16-bit activations in whole groups of channels, on devices that Triton compiles for.
+    Raises ``Refused`` for a design by its own kind that can't take the shape.
     """
-    if kind == "w4a16_half":
-        return "w4a16_half"
-    if kind == "w4a16_integer":
-        return "w4a16_integer"
-    if kind != "w4a16_vector" or capability < (8, 0):
+    if kind not in ("w4a16_vector", *DESIGNS):
         return None
-    serves = shape["k"] % 16 == 0 and str(shape["dtype"]) in DTYPES
-    return "w4a16_half" if serves else None
+    fits = shape["k"] % 16 == 0 and str(shape["dtype"]) in DTYPES
+    if kind == "w4a16_vector":
+        return "w4a16_half" if fits and capability >= (8, 0) else None
+    if not fits:
+        raise Refused(
+            f"permuquant: {kind} takes bfloat16 and float16 in groups of 16 channels, not "
+            f"{shape['dtype']} of {shape['k']}; w4a16_vector takes any"
+        )
+    return "w4a16_half" if kind == "w4a16_half" else "w4a16_integer"
 
 
 def tuned(design: str, capability: tuple[int, int], rows: int) -> dict[str, Any]:

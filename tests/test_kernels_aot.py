@@ -1,21 +1,21 @@
-"""Every kernel compiled for every target that runs it, no GPU needed: instructions, registers."""
+"""The products compiled for every target that runs them, no GPU needed: instructions, registers."""
 
 from __future__ import annotations
 
 import re
-import subprocess
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from pq_compile.kernels import FP4_SINCE, KernelSpec, Kind, load, route, tuned
+from tests import aot
+from tests.aot import own_cache
 
-POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+__all__ = ["own_cache"]
+
 TARGETS = (80, 89, 90, 100, 103, 120, 121)
 MAIN = (90, 100, 120)
 ROWS: dict[Kind, tuple[int, ...]] = {
@@ -25,6 +25,8 @@ ROWS: dict[Kind, tuple[int, ...]] = {
     "w4a4_portable": (1, 64, 4608),
     "w4a16_portable": (17, 33, 64, 4608),
     "w4a16_vector": (1, 4, 16),
+    "w4a16_half": (1, 2, 4, 16),
+    "w4a16_integer": (1, 4),
 }
 SHAPES = {"regular": (3072, 3072), "ragged": (120, 250)}
 
@@ -35,7 +37,7 @@ def capability_of(target: int) -> tuple[int, int]:
 
 def runs_on(kind: Kind, target: int) -> bool:
     """Whether some call on ``target`` leads to ``kind``."""
-    if kind in ("peak", "quantise"):
+    if kind in ("peak", "quantise", "w4a16_half", "w4a16_integer"):
         return True
     scheme = kind.split("_")[0]
     routes = {route(capability_of(target), triton.__version__, scheme, rows) for rows in (1, 99)}
@@ -46,6 +48,8 @@ def spec_of(
     kind: Kind, target: int, rows: int, shape: str, dtype: torch.dtype = torch.bfloat16
 ) -> KernelSpec:
     k, n = SHAPES[shape]
+    if kind in ("w4a16_half", "w4a16_integer"):
+        k -= k % 16
     extra: dict[str, Any] = {"n": n, "bias": True}
     if kind in ("peak", "quantise"):
         extra = {"instruction": kind == "quantise" and capability_of(target) in FP4_SINCE}
@@ -53,36 +57,11 @@ def spec_of(
 
 
 def compiled(spec: KernelSpec, target: int) -> Any:
-    function = load(spec)
-    types = {"M": "i32", "peak_ptr": "*i32", "x_ptr": POINTERS[spec.dtype]}
-    types |= {"y_ptr": POINTERS[spec.dtype], "bias_ptr": POINTERS[spec.dtype]}
+    function, pointer = load(spec), aot.POINTERS[spec.dtype]
+    types = dict.fromkeys(function.arg_names, "*u8") | {"M": "i32", "peak_ptr": "*i32"}
+    types |= {"x_ptr": pointer, "y_ptr": pointer, "bias_ptr": pointer}
     types |= {f"{prefix}tensor_scale_ptr": "*fp32" for prefix in ("", "a_", "w_")}
-    names = function.arg_names
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name != "M"}
-    signature = {name: types.get(name, "*u8") for name in names}
-    text = ASTSource(function, signature=signature, constexprs={}, attrs=aligned)
-    options = {"num_warps": spec.warps, "num_stages": spec.stages, "enable_fp_fusion": False}
-    return triton.compile(text, target=GPUTarget("cuda", target, 32), options=options)
-
-
-def stack_bytes(kernel: Any, folder: Path) -> int:
-    """Bytes of local memory a thread spills to, as the assembler reports them."""
-    binary = folder / "kernel.cubin"
-    binary.write_bytes(kernel.asm["cubin"])
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    report = subprocess.run(
-        [tool, "-res-usage", binary], capture_output=True, text=True, check=True
-    ).stdout
-    found = re.findall(r"(?:STACK|LOCAL):(\d+)", report)
-    assert len(found) >= 2, report
-    return sum(map(int, found))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
-        yield
+    return aot.compiled(function, types, target, spec.warps, spec.stages, fusion=False)
 
 
 CASES = [
@@ -94,19 +73,27 @@ CASES = [
 ]
 
 
+MOST_REGISTERS: dict[Kind, int] = {"peak": 64, "quantise": 128, "w4a16_half": 168}
+"""Of a thread, where it isn't what the hardware gives to so many warps."""
+
+
 @pytest.mark.parametrize(("kind", "target", "rows"), CASES)
-def test_it_compiles_without_spilling(kind: Kind, target: int, rows: int, tmp_path: Path) -> None:
+def test_it_compiles_without_spilling(kind: Kind, target: int, rows: int) -> None:
     for shape in SHAPES if target in MAIN and rows == ROWS[kind][-1] else ("regular",):
-        assert stack_bytes(compiled(spec_of(kind, target, rows, shape), target), tmp_path) == 0
+        spec = spec_of(kind, target, rows, shape)
+        used = aot.usage(compiled(spec, target))
+        assert used.spilled == 0
+        hardware = min(255, aot.REGISTERS // (32 * spec.warps))
+        assert used.registers <= MOST_REGISTERS.get(kind, hardware)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "fp32"])
 @pytest.mark.parametrize("kind", [kind for kind in ROWS if runs_on(kind, 90)])
-def test_the_other_dtypes_compile_without_spilling(
-    kind: Kind, dtype: torch.dtype, tmp_path: Path
-) -> None:
+def test_the_other_dtypes_compile_without_spilling(kind: Kind, dtype: torch.dtype) -> None:
+    if kind in ("w4a16_half", "w4a16_integer") and dtype == torch.float32:
+        return  # "w4a16_vector" takes those
     spec = spec_of(kind, 90, ROWS[kind][-1], "regular", dtype)
-    assert stack_bytes(compiled(spec, 90), tmp_path) == 0
+    assert aot.usage(compiled(spec, 90)).spilled == 0
 
 
 @pytest.mark.parametrize("target", [target for target in TARGETS if runs_on("w4a4_native", target)])
@@ -168,3 +155,29 @@ def test_no_kernel_multiplies_and_adds_at_once_where_codes_are_made() -> None:
         assert ".ftz" not in ptx
         assert "div.rn.f32" in ptx
         assert not re.search(r"div\.(full|approx)|rcp\.approx", ptx)
+
+
+@pytest.mark.parametrize(("target", "unit"), [(100, "UTCOMMA"), (103, "UTCOMMA"), (120, "OMMA")])
+def test_the_assembler_reaches_the_fp4_unit(target: int, unit: str) -> None:
+    code = aot.machine_code(compiled(spec_of("w4a4_native", target, 4608, "regular"), target))
+    products = {line.split()[0].split(".")[0] for line in code if "MMA" in line.split()[0]}
+    assert products == {unit}
+
+
+@pytest.mark.parametrize(
+    ("kind", "most"), [("w4a16_half", 3.0), ("w4a16_integer", 3.4)], ids=["half", "integer"]
+)
+def test_a_row_by_a_weight_takes_few_instructions(kind: Kind, most: float) -> None:
+    """At 18432 x 3072 a Hopper GPU issues 4 for each element while it reads the weight."""
+    spec = tuned(kind, (9, 0), 1, k=3072, n=18432, dtype=torch.bfloat16, bias=True)
+    spec = replace(spec, tile=(1, 8, 512), stages=2)
+    kernel = compiled(spec, 90)
+    code = aot.machine_code(kernel)
+    loop = [line.split()[0] for line in aot.longest_loop(code)]
+    assert len(loop) <= most * 8 * 512 / 32
+    assert loop.count("LDG.E.64") == loop.count("LDG.E.U8") == 8  # a group and a scale a lane
+    assert loop.count("LDG.E.128") == 2  # 16 channels of x
+    assert not any(line.startswith(("LDS", "STS", "BAR", "SHFL")) for line in loop)
+    assert sum("UBLKPF.L2" in line for line in code) == 2
+    used = aot.usage(kernel).registers  # 18 warps to a multiprocessor hold all 2304 programs
+    assert 18 * 32 * -(-used // 8) * 8 <= aot.REGISTERS

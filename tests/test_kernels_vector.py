@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pq_compile import kernels, vector
+from pq_compile.errors import Refused
 from pq_compile.formats import NVFP4
 from pq_compile.kernels import KernelSpec, tuned
 from tests import ptx
@@ -143,6 +144,13 @@ def test_which_design_serves(
     kind: str, capability: tuple[int, int], k: int, dtype: torch.dtype, expected: str | None
 ) -> None:
     assert vector.choose(kind, capability, k=k, dtype=dtype) == expected
+
+
+@EACH
+@pytest.mark.parametrize(("k", "dtype"), [(120, torch.bfloat16), (128, torch.float32)])
+def test_a_design_refuses_what_it_cannot_read(design: Any, k: int, dtype: torch.dtype) -> None:
+    with pytest.raises(Refused, match=f"{design} takes bfloat16 and float16 in groups of 16"):
+        tuned(design, (9, 0), 1, k=k, n=8, dtype=dtype)
 
 
 def test_only_a_hopper_or_newer_is_asked_to_prefetch() -> None:
