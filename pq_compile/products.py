@@ -23,7 +23,7 @@ def multiply(
     """``reference`` on a CUDA device; sums in fp32 in another order."""
     match kind:
         case "fp8":
-            return scratch.matmul_fp8(a[0], a[1], weights, biases)
+            return scratch.matmul_fp8(a[0], a[1], weights, biases).to(dtype)
         case "half":
             return _finished(*scratch.matmul_half(a[0], a[1:], weights, biases), dtype)
         case _:

@@ -87,11 +87,13 @@ TABLE = (
 
 
 def choose(scheme: str, where: Where, wish: str = "auto") -> Route:
-    """The first row of ``scheme`` that serves; of the name ``wish``, if it serves."""
+    """The row of ``scheme`` that is named ``wish`` if it serves; else the first one that does."""
     rows = [row for row in TABLE if row.scheme == scheme and row.serves(where)]
+    if any(row.name == wish for row in rows):
+        return next(row for row in rows if row.name == wish)
     if scheme == "w4a16" and where.rows is not None and where.rows <= MANY_ROWS:
         rows = [row for row in rows if row.kind != "half"] or rows
-    return next((row for row in rows if row.name == wish), rows[0])
+    return rows[0]
 
 
 @cache

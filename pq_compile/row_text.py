@@ -19,7 +19,12 @@ from .row_templates import ENCODE_FP8, FINITE_PEAK, ROUND_E2M1, SCALE_OF_GROUPS
 from .rows import FOLD, OPS, SMALLEST_PEAK, Program
 
 Phase = Literal["once", "peak", "codes"]
-TYPES = {torch.float16: "tl.float16", torch.bfloat16: "tl.bfloat16", torch.float32: "tl.float32"}
+TYPES = {
+    torch.float16: "tl.float16",
+    torch.bfloat16: "tl.bfloat16",
+    torch.float32: "tl.float32",
+    torch.float64: "tl.float64",
+}
 GROUP, MOST_CHUNKS = 16, 8
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -129,7 +129,10 @@ class Program:
 
 @cache
 def parse(text: str) -> Program:
-    """The program that ``text`` spells. ``Refused`` for a word that is none of the language."""
+    """The program that ``text`` spells.
+
+    ``Refused`` for a word that is none of the language, and for parts that are not whole groups.
+    """
     inputs: list[Input] = []
     steps: list[Step] = []
     kept: list[Kept] = []
@@ -147,13 +150,20 @@ def parse(text: str) -> Program:
     target, *parts = last
     if target not in get_args(Target):
         raise Refused(f"permuquant: {target!r} is nothing that a row program can quantise to")
-    return Program(
+    program = Program(
         tuple(inputs),
         tuple(steps),
         tuple(kept),
         tuple(map(int, parts)),
         target,  # type: ignore[arg-type]
     )
+    for part in program.parts:
+        if program.widths[part] % NVFP4.group:
+            raise Refused(
+                f"permuquant: a row program quantises groups of {NVFP4.group} channels, and value "
+                f"{part} has {program.widths[part]}"
+            )
+    return program
 
 
 def _number(word: str) -> int | float:
@@ -181,18 +191,19 @@ def values(program: Program, inputs: Sequence[Tensor]) -> list[Tensor]:
 def reference(program: Program, inputs: Sequence[Tensor]) -> list[Tensor]:
     """What the kernels of ``program`` compute: the quantised rows, then the values kept.
 
-    ``fp8``: codes [B, T, K'], scales fp32 [B, T, 1]. ``nvfp4``: packed [B, T, K'/2], scales
-    [B, T, K'/16], tensor scale []. ``nvfp4_fp8``: codes [B, T, K'], scales [B, T, 1], all of them
-    six times the tensor scale. ``nvfp4_half``: bfloat16 [B, T, K'], tensor scale []. K' is K padded
-    to a multiple of 16.
+    ``fp8``: codes [B, T, K], scales fp32 [B, T, 1]. ``nvfp4``: packed [B, T, K/2], scales
+    [B, T, K/16], tensor scale []. ``nvfp4_fp8``: codes [B, T, K], scales [B, T, 1], all of them six
+    times the tensor scale. ``nvfp4_half``: bfloat16 [B, T, K], tensor scale [].
     """
     found = values(program, inputs)
     lead = lead_of(inputs)
-    kept = [found[v].expand(*lead, found[v].shape[-1]).to(dtype) for v, dtype in program.kept]
+    whole = [found[v].expand(*lead, found[v].shape[-1]) for v, _ in program.kept]
+    plain: dict[str, Any] = {"copy": True, "memory_format": torch.contiguous_format}
+    kept = [x.to(dtype, **plain) for x, (_, dtype) in zip(whole, program.kept, strict=True)]
     if program.target == "none":
         return kept
     x = torch.cat([found[part].expand(*lead, found[part].shape[-1]) for part in program.parts], -1)
-    return [*_quantised(NVFP4.pad(x), program.target), *kept]
+    return [*_quantised(x, program.target), *kept]
 
 
 def _quantised(x: Tensor, target: Target) -> tuple[Tensor, ...]:
@@ -214,7 +225,8 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     A NaN stays NaN, an infinity becomes one; the other channels of its row become 0.
     """
     x = x.to(torch.float32)
-    peak = x.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf).abs().amax(-1, keepdim=True)
+    size = x.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf).abs()
+    peak = size.amax(-1, keepdim=True) if x.shape[-1] else size.new_zeros((*x.shape[:-1], 1))
     scale = peak.clamp(min=SMALLEST_PEAK) / peak.new_full((), E4M3.largest)
     scaled = x * (1.0 / scale)
     return scaled.clamp(-E4M3.largest, E4M3.largest).to(torch.float8_e4m3fn), scale

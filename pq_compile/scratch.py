@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .formats import NVFP4
 from .generated import Launch, remember
@@ -24,6 +25,9 @@ from .scratch_text import DecodeKernel, Precision, load
 LONG = 8192
 """Channels from which sums need the slow accumulation, 7 % slower there: the fast one keeps some 14
 bits, measured on a Hopper GPU as a relative error of 2e-3 at 3072 channels and 3e-3 at 12288."""
+
+SIDE = 16
+"""Outputs that the vendor's fp8 product takes at a time."""
 
 MOST_PARTS = 4
 """Weights that one launch decodes."""
@@ -91,15 +95,27 @@ def matmul_fp8(
 ) -> Tensor:
     """``a`` e4m3 [M, K] with scales [M, 1] by the weights: bfloat16 [M, N], on sm_89 and sm_90."""
     w, column, bias = decode(weights, biases, "fp8")
-    return torch._scaled_mm(
+    n = len(w)
+    if n % SIDE:
+        w, column, bias = _widened(w, column, bias, -n % SIDE)
+    y = torch._scaled_mm(
         a,
         w.t(),
         scale_a=a_scale,
         scale_b=column,
-        bias=bias,
+        bias=bias if bias is None else bias.to(torch.bfloat16),
         out_dtype=torch.bfloat16,
         use_fast_accum=a.shape[1] <= LONG,
     )
+    return y[:, :n].contiguous() if n % SIDE else y
+
+
+def _widened(
+    w: Tensor, column: Tensor, bias: Tensor | None, missing: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``missing`` outputs more, all zero: the vendor's product has them by ``SIDE``."""
+    wide = pad(w.view(torch.uint8), (0, 0, 0, missing)).view(w.dtype)
+    return wide, pad(column, (0, missing)), None if bias is None else pad(bias, (0, missing))
 
 
 def matmul_half(
