@@ -84,7 +84,7 @@ def _tool(kernel: Any, name: str, option: str) -> str:
     with TemporaryDirectory() as folder:
         binary = Path(folder) / "kernel.cubin"
         binary.write_bytes(kernel.asm["cubin"])
-        done = subprocess.run(
-            [TOOLS / name, option, binary], capture_output=True, text=True, check=True
-        )
+        done = subprocess.run([TOOLS / name, option, binary], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"{name} of Triton {triton.__version__}: {done.stderr.strip()}")
     return done.stdout

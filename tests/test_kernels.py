@@ -186,6 +186,10 @@ SPECS = {
     "w4a4_native": KernelSpec("w4a4_native", 3072, 3072, tile=(128, 128, 256), bias=True, stages=3),
     "w4a4_portable": KernelSpec("w4a4_portable", 256, 1024, tile=(128, 128, 64), warps=8),
     "w4a16_portable": KernelSpec("w4a16_portable", 120, 250, tile=(16, 64, 64)),
+    "w4a16_half": KernelSpec(
+        "w4a16_half", 3072, 18432, tile=(1, 8, 512), bias=True, instruction=True, warps=1
+    ),
+    "w4a16_integer": KernelSpec("w4a16_integer", 1040, 250, tile=(2, 8, 1024), warps=1, stages=1),
     "w4a16_vector": KernelSpec("w4a16_vector", 1280, 768, tile=(1, 16, 512), bias=True),
 }
 

@@ -47,6 +47,8 @@ PRODUCTS = [
 TIMED = [(272 * 4, 1024, 256), (272 * 4, 3072, 1024), (4608, 3072, 3072), (4608, 12288, 3072)]
 VECTORS = [(1, 1536, 256), (4, 18432, 3072)]
 BOUNDS = {torch.bfloat16: 2.5e-3, torch.float16: 4e-4, torch.float32: 1e-5}
+LOOSER = {"fp8": 4e-3, "w4a16_vector": 2e-3}
+"""Routes whose 16-bit products are summed in fewer than 24 bits: of fp8, by float16 pairs."""
 MANTISSA = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23}
 
 
@@ -134,7 +136,7 @@ def check_decode(device: str) -> Iterator[Record]:
             }
 
 
-def compare(y: Tensor, exact: Tensor) -> Record:
+def compare(y: Tensor, exact: Tensor, how: str) -> Record:
     """Relative error, and the greatest error in units of the last place of large outputs."""
     dtype, y, size = y.dtype, y.double(), exact.square().mean().sqrt()
     error = (y - exact).abs()
@@ -143,6 +145,8 @@ def compare(y: Tensor, exact: Tensor) -> Record:
     relative = (error.square().mean().sqrt() / size).item()
     ulp = (error[large] / unit[large]).max().item()
     passed = relative <= BOUNDS[dtype] and (ulp <= 0.75 or dtype == torch.float32)
+    if how in LOOSER and dtype != torch.float32:
+        passed = relative <= LOOSER[how]
     return {"passed": passed, "relative_error": relative, "max_ulp": ulp}
 
 
@@ -159,13 +163,12 @@ def check_products(device: str) -> Iterator[Record]:
             bias = torch.randn(n, device=device).to(dtype)
             x = torch.randn(rows, k, device=device).to(dtype)
             for scheme in ops.SCHEMES:
-                seen = NVFP4.fake(NVFP4.pad(x).float())[:, :k] if scheme == "w4a4" else x
-                exact = seen.double() @ NVFP4.dequantize(*w).double()[:, :k].T + bias.double()
+                exact = ops.reference(NVFP4, scheme, x.double(), w, bias.double())
                 with poisoned():
                     y = torch.ops.permuquant.linear(x, *w, bias, "nvfp4", scheme)
-                how = ops.where(x.device, "nvfp4", scheme, rows)
+                how = ops.where(x.device, "nvfp4", scheme, rows, dtype)
                 case = f"{scheme} {rows}x{n}x{k} {dtype}"
-                yield {"check": "products", "case": case, "route": how, **compare(y, exact)}
+                yield {"check": "products", "case": case, "route": how, **compare(y, exact, how)}
 
 
 def check_nan(device: str) -> Iterator[Record]:
@@ -210,7 +213,7 @@ def timing(rows: int, n: int, k: int) -> Record:
 def product_alone(x: Tensor, w: Packed) -> Record:
     """The quantised product without quantising the activation."""
     how = ops.where(x.device, "nvfp4", "w4a4", len(x))
-    if how == "reference":
+    if not how.startswith("w4a4"):
         return {}
     a = kernels.quantise(x)
     kind: Any = how
