@@ -88,7 +88,9 @@ def kernel_time(calls: Sequence[Callable[[], object]], rounds: int = 3) -> float
             for call in calls:
                 call()
         torch.cuda.synchronize()
-    took = [float(event.device_time_total) for event in found.events() or ()]
+    events = found.events() or ()
+    on_device = [event for event in events if str(event.device_type).endswith("CUDA")]
+    took = [float(event.device_time_total) for event in on_device]
     return sum(took) / (rounds * len(calls)) if sum(took) else math.nan
 
 
