@@ -1,13 +1,14 @@
-"""The checks of ``check_kernels`` on a CUDA device, one test each."""
+"""The checks of ``check_kernels`` and ``check_vector`` on a CUDA device, one test each."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from tests.gpu.check_kernels import CHECKS
+from tests.gpu import check_kernels, check_vector
 
 pytestmark = pytest.mark.gpu
+CHECKS = check_kernels.CHECKS | {f"vector {name}": one for name, one in check_vector.CHECKS.items()}
 
 
 @pytest.mark.parametrize("name", CHECKS)
