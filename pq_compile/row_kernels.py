@@ -15,6 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
+from .errors import Refused
 from .generated import Launch, function, remember
 from .row_text import Phase, RowKernel, source
 from .rows import Program, Target, lead_of, parse
@@ -86,6 +87,11 @@ def run(text: str, inputs: Sequence[Tensor]) -> list[Tensor]:
 
 def _plan(program: Program, inputs: Sequence[Tensor]) -> Plan:
     lead = lead_of(inputs)
+    if len(lead) > 2:
+        raise Refused(
+            "permuquant: a row program takes rows of 2 or 3 dimensions, not of shape "
+            f"{[*lead, inputs[0].shape[-1]]}"
+        )
     samples, rows = (1, lead[0]) if len(lead) == 1 else (math.prod(lead[:-1]), lead[-1])
     copied = tuple(i for i, x in enumerate(inputs) if x.stride(-1) != 1 and x.shape[-1] != 1)
     like = [torch.empty(x.shape, device="meta") if i in copied else x for i, x in enumerate(inputs)]
