@@ -44,6 +44,9 @@ def step(opcode: str, names: Sequence[str], registers: dict[str, Bits]) -> None:
 def read(name: str, registers: dict[str, Bits]) -> Bits:
     if name == "%tid.x":
         return np.array(0, dtype=np.uint64)
+    if name.startswith("{"):
+        low, high = (registers[part.strip()] for part in name.strip("{}").split(","))
+        return low | high << np.uint64(16)
     if name.startswith("0f"):
         return np.array(int(name[2:], 16), dtype=np.uint64)
     if re.fullmatch(r"-?(0x[0-9A-F]+|\d+)", name):
@@ -136,15 +139,27 @@ def scales(code: Bits) -> Bits:
     return bits[..., 0] | bits[..., 1] << np.uint64(16)
 
 
+def to_e4m3(high: Bits, low: Bits) -> Bits:
+    """Two float32 as two e4m3 codes, the first above the second; 448 at most."""
+    found = []
+    for x in (high, low):
+        value = torch.from_numpy(np.atleast_1d(as_float(x)).astype(np.float32)).clamp(-448, 448)
+        codes = value.to(torch.float8_e4m3fn).view(torch.uint8).numpy().astype(np.uint64)
+        found.append(codes.reshape(np.shape(x)))
+    return np.asarray(found[0] << np.uint64(8) | found[1])
+
+
 OPERATIONS: dict[str, Callable[..., Any]] = {
     "mov.b32": lambda x: x,
     "mov.u32": lambda x: x,
     "add.s64": np.add,
     "and.b64": np.bitwise_and,
     "and.b32": np.bitwise_and,
+    "or.b32": np.bitwise_or,
     "xor.b32": np.bitwise_xor,
     "shl.b32": np.left_shift,
     "shr.b32": lambda x, n: (x & LOW) >> n,
+    "shr.u32": lambda x, n: (x & LOW) >> n,
     "add.u32": np.add,
     "sub.u32": np.subtract,
     "max.u32": np.maximum,
@@ -162,6 +177,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "max.f16x2": lambda x, y: halves(np.maximum, x, y),
     "max.bf16x2": lambda x, y: halves(np.maximum, x, y),
     "add.f32": lambda x, y: to_float(as_float(x) + as_float(y)),
+    "mul.f32": lambda x, y: to_float(as_float(x) * as_float(y)),
     "mul.rn.f32": lambda x, y: to_float(as_float(x) * as_float(y)),
     "fma.rn.f32": lambda x, y, z: to_float(as_float(x) * as_float(y) + as_float(z)),
     "cvt.u16.u32": lambda x: x & mask(16),
@@ -169,6 +185,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "cvt.rn.f32.s32": lambda x: to_float(signed(x).astype(np.float64)),
     "cvt.rn.f16x2.f32": lambda x, y: to_half(as_float(y)) | to_half(as_float(x)) << np.uint64(16),
     "cvt.rn.f16x2.e4m3x2": scales,
+    "cvt.rn.satfinite.e4m3x2.f32": to_e4m3,
     "setp.eq.u32": lambda x, y: (x == y).astype(np.uint64),
     "setp.ge.u32": lambda x, y: (x >= y).astype(np.uint64),
     "selp.b32": lambda x, y, p: np.where(p != 0, x, y),
