@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -70,7 +71,7 @@ def steps_of(node: fx.Node) -> Steps | None:
 
 
 def _operand(value: Any) -> bool:
-    return isinstance(value, fx.Node) or type(value) in (int, float)
+    return isinstance(value, fx.Node) or (type(value) in (int, float) and math.isfinite(value))
 
 
 def _given(node: fx.Node, *names: str) -> dict[str, Any]:
