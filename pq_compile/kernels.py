@@ -221,17 +221,21 @@ def _finish(y: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -
 
 def launch(spec: KernelSpec, rows: int, columns: int, *tensors: Tensor) -> None:
     """One program a tile of [rows, columns]; the number of rows is the kernel's last argument."""
-    known = _LAUNCHES.get((spec, rows, columns))
+    key = (spec, rows, columns, *[one.dtype for one in tensors])
+    known = _LAUNCHES.get(key)
     if known is None:
         grid = (-(-rows // spec.tile[0]), -(-columns // spec.tile[1]))
         how = {"num_warps": spec.warps, "num_stages": spec.stages}
         # NOTE a fused multiply-add would round a scale once where the definition rounds twice.
         made = Launch(load(spec), grid, **how, enable_fp_fusion=False)
-        known = remember(_LAUNCHES, (spec, rows, columns), made)
-    known(*tensors, rows)
+        known = remember(_LAUNCHES, key, made)
+    addresses = 0
+    for one in tensors:
+        addresses |= one.data_ptr()
+    known([*tensors, rows], addresses)
 
 
-_LAUNCHES: dict[tuple[KernelSpec, int, int], Launch] = {}
+_LAUNCHES: dict[Any, Launch] = {}
 
 
 def _bytes(operand: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 
 from .errors import Refused
-from .generated import Launch, function, remember
+from .generated import Launch, Spec, empty, function, remember, spec
 from .row_text import Phase, RowKernel, source
 from .rows import Program, Target, lead_of, parse
 
@@ -45,7 +45,7 @@ def tuned(program: Program, phase: Phase, device: torch.device) -> RowKernel:
 class Plan:
     """How a program runs on inputs of given shapes and strides: everything but the tensors."""
 
-    written: tuple[tuple[tuple[int, ...], torch.dtype], ...]  # what comes out
+    written: tuple[Spec, ...]  # what comes out
     quantised: int  # the first so many of it; then values kept
     copied: tuple[int, ...]  # inputs whose last dimension has gaps
     strides: tuple[tuple[int, int], ...]  # of each input over samples and rows; 0 where shared
@@ -68,20 +68,24 @@ def run(text: str, inputs: Sequence[Tensor]) -> list[Tensor]:
     plan = _PLANS.get(key)
     if plan is None:
         plan = remember(_PLANS, key, _plan(parse(text), inputs))
-    results = [torch.empty(shape, dtype=dtype, device=x.device) for shape, dtype in plan.written]
+    device = x.device
+    results = [empty(one, device) for one in plan.written]
     if not plan.launches:
         return results
     given: list[Tensor | int] = []
-    for i, strides in enumerate(plan.strides):
-        given += (inputs[i].contiguous() if i in plan.copied else inputs[i], *strides)
+    addresses = 0
+    for i, (sample, row) in enumerate(plan.strides):
+        one = inputs[i].contiguous() if i in plan.copied else inputs[i]
+        addresses |= one.data_ptr()
+        given += (one, sample, row)
     quantised, kept = results[: plan.quantised], results[plan.quantised :]
     if len(plan.launches) == 1:
-        plan.launches[0](*given, *kept, *quantised, plan.rows)
+        plan.launches[0]([*given, *kept, *quantised, plan.rows], addresses)
         return results
-    peak = torch.zeros((), dtype=torch.int32, device=x.device)
-    plan.launches[0](*given, *kept, peak, plan.rows)
+    peak = torch.zeros((), dtype=torch.int32, device=device)
+    plan.launches[0]([*given, *kept, peak, plan.rows], addresses)
     three = (quantised[0], quantised[1], quantised[-1])
-    plan.launches[1](*given, peak, *three, plan.rows)
+    plan.launches[1]([*given, peak, *three, plan.rows], addresses)
     return results
 
 
@@ -96,7 +100,7 @@ def _plan(program: Program, inputs: Sequence[Tensor]) -> Plan:
     copied = tuple(i for i, x in enumerate(inputs) if x.stride(-1) != 1 and x.shape[-1] != 1)
     like = [torch.empty(x.shape, device="meta") if i in copied else x for i, x in enumerate(inputs)]
     strides = tuple(_strides(x, len(lead) + 1) for x in like)
-    written = tuple((tuple(x.shape), x.dtype) for x in outputs(program, lead, like[0].to("meta")))
+    written = tuple(spec(x.shape, x.dtype) for x in outputs(program, lead, like[0].to("meta")))
     phases: tuple[Phase, ...] = ("peak", "codes")
     if program.target in ("fp8", "none"):
         phases = ("once",)

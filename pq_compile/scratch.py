@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .formats import NVFP4
-from .generated import Launch, remember
+from .generated import Launch, Spec, empty, remember, spec
 from .rows import fold
 from .scratch_text import DecodeKernel, Precision, load
 
@@ -41,36 +41,38 @@ def decode(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """``decode_reference`` by one kernel, bit for bit."""
     packed = weights[0][0]
-    key = (precision, packed.device, bool(biases), *[w[0].shape for w in weights])
+    key = (precision, packed.device, *[w[0].shape for w in weights], *[b.dtype for b in biases])
     plan = _PLANS.get(key)
     if plan is None:
-        plan = remember(_PLANS, key, _plan(weights, bool(biases), precision))
-    launch, n, k = plan
-    dtype = torch.float8_e4m3fn if precision == "fp8" else torch.bfloat16
-    out = torch.empty((n, k), dtype=dtype, device=packed.device)
-    column = torch.empty((1, n), dtype=torch.float32, device=packed.device)
-    joined = len(weights) > 1 and bool(biases)
-    bias = biases[0] if biases else None
-    if joined:
-        bias = torch.empty(n, dtype=biases[0].dtype, device=packed.device)
+        plan = remember(_PLANS, key, _plan(weights, biases, precision))
+    launch, specs = plan
+    out, column, *joined = [empty(one, packed.device) for one in specs]
+    bias = joined[0] if joined else biases[0] if biases else None
     arguments: list[Tensor] = []
+    addresses = 0
     for i, weight in enumerate(weights):
-        arguments += (*weight, biases[i] if joined else weight[2])
-    launch(*arguments, out, column, column if bias is None else bias)
+        arguments += weight
+        arguments.append(biases[i] if joined else weight[2])
+        addresses |= arguments[-1].data_ptr()
+    launch([*arguments, out, column, joined[0] if joined else column], addresses)
     return out, column, bias
 
 
-_PLANS: dict[Any, tuple[Launch, int, int]] = {}
+_PLANS: dict[Any, tuple[Launch, list[Spec]]] = {}
 
 
-def _plan(weights: Sequence[Weight], bias: bool, precision: Precision) -> tuple[Launch, int, int]:
-    """The launch, and the size of what it writes."""
+def _plan(
+    weights: Sequence[Weight], biases: Sequence[Tensor], precision: Precision
+) -> tuple[Launch, list[Spec]]:
+    """The launch, and what it writes: the weights, their factors, and biases laid side by side."""
     packed = weights[0][0]
     outputs, k = tuple(len(w[0]) for w in weights), 2 * packed.shape[1]
-    fast = precision == "fp8" and packed.is_cuda
-    kernel = DecodeKernel(precision, k, outputs, bias and len(outputs) > 1, instruction=fast)
+    fast, joined = precision == "fp8" and packed.is_cuda, len(weights) > 1 and bool(biases)
+    kernel = DecodeKernel(precision, k, outputs, joined, instruction=fast)
     launch = Launch(load(kernel), (sum(kernel.blocks),), num_warps=kernel.warps)
-    return launch, sum(outputs), k
+    n, dtype = sum(outputs), torch.float8_e4m3fn if precision == "fp8" else torch.bfloat16
+    specs = [spec((n, k), dtype), spec((1, n), torch.float32)]
+    return launch, [*specs, *([spec((n,), biases[0].dtype)] if joined else [])]
 
 
 def decode_reference(

@@ -61,7 +61,7 @@ def by_assembly(given: Sequence[Weight], biases: Sequence[Tensor]) -> list[Tenso
     arguments: list[Tensor] = []
     for i, (packed, scales, tensor_scale) in enumerate(given):
         arguments += (packed, scales, tensor_scale, biases[i] if biases else tensor_scale)
-    Launch(load(kernel), (sum(kernel.blocks),))(*arguments, out, column, bias)
+    Launch(load(kernel), (sum(kernel.blocks),))([*arguments, out, column, bias])
     return [out, column, *([bias] if biases else [])]
 
 
