@@ -125,12 +125,8 @@ class _Growth:
         ``row``: a value for every channel of every row, or a number for every row, which only a
         step can make; ``sample``: one for every channel, the same for all rows of a sample.
         """
-        width, shape, value = (
-            width or self.width[node],
-            _shape(node),
-            node.meta.get("example_value"),
-        )
-        if value is None or len(shape) > len(self.lead) + 1 or not value.is_floating_point():
+        width, shape = width or self.width[node], _shape(node)
+        if not 0 < len(shape) <= len(self.lead) + 1 or not _is_floating(node):
             return None
         *given, last = shape
         if len(given) == len(self.lead) and all(map(_equal, given, self.lead)):
@@ -218,6 +214,11 @@ def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, int) and isinstance(b, int):
         return a == b
     return str(a) == str(b)
+
+
+def _is_floating(node: fx.Node) -> bool:
+    value = node.meta.get("example_value")
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _shape(node: fx.Node) -> tuple[Any, ...]:
