@@ -21,18 +21,19 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import triton
 from torch import Tensor
 
-from pq_compile import ops, products, routes
+from pq_compile import ops, products, routes, scratch
 from pq_compile.formats import NVFP4
 from pq_compile.routes import TABLE, Route
 from pq_compile.rows import parse
 from pq_compile.rows import reference as rows_reference
 from pq_compile.scratch import Weight
+from pq_compile.scratch_text import Precision
 from tests.gpu.operands import drawn, packed, poison_pool, poisoned
 from tests.gpu.shapes import (
     CASES,
@@ -233,8 +234,16 @@ def warm_up(device: str) -> None:
         x = torch.randn(case.m, case.k, device=device).bfloat16()
         torch.ops.permuquant.linear(x, *w, None, "nvfp4", route.scheme, route.name)
 
+    def compile_decoding(outputs: Sequence[int], k: int, bias: bool) -> None:
+        weights = [packed(n, k, device) for n in outputs]
+        biases = [torch.zeros(n, device=device).bfloat16() for n in outputs] * bias
+        for precision in get_args(Precision):
+            scratch.decode(weights, biases, precision)
+
     with ThreadPoolExecutor(16) as pool:
         waiting = [pool.submit(compile_program, text) for text in texts]
+        decoded = {(case.outputs, case.k, case.bias) for case in CASES}
+        waiting += [pool.submit(compile_decoding, *case) for case in decoded]
         waiting += [
             pool.submit(compile_linear, case, route)
             for case in CASES
