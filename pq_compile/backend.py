@@ -22,6 +22,7 @@ import passes.capture
 import passes.constraints
 import passes.fold
 import passes.groups
+import passes.join
 import passes.lower
 import passes.policy
 import passes.propagate
@@ -130,6 +131,7 @@ def analyse(module: fx.GraphModule, example_inputs: Sequence[Any], options: Opti
     options = settle_for(options, graph.linears, by_name)
     how = schemes(graph, options), options.format, route(graph, options, by_name), options.route
     lowered = passes.lower.lower(graph.module, *how)
+    passes.join.join(lowered.module)
     log.debug("lower: %d weights wanted packed", len(lowered.packed))
     program = _program(graph, groups, lowered, example_inputs)
     sizes = {name: example_inputs[i].nbytes for i, name in program.parameters.items()}

@@ -6,6 +6,7 @@ The torch reference of each kernel stands beside it and has its signature. Opera
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cache, lru_cache
 from typing import Any, Literal
@@ -17,7 +18,8 @@ from torch import Tensor
 from . import templates, vector
 from .errors import Refused
 from .formats import NVFP4
-from .generated import Launch, function, remember
+from .generated import Launch, empty, function, remember
+from .generated import spec as spec_of
 
 Product = Literal["w4a4_native", "w4a4_portable", "w4a16_portable", "w4a16_vector"]
 Kind = Literal["peak", "quantise"] | Product | vector.Vector
@@ -206,11 +208,17 @@ def matmul_w4a16(
 ) -> Tensor:
     """``matmul_w4a16_reference`` by the kernel ``kind``; fp64 is computed in fp32."""
     dtype, x = x.dtype, x.to(narrow(x.dtype)).contiguous()
-    rows, k, n = *x.shape, len(w[0])
-    shape = {"k": k, "n": n, "dtype": x.dtype, "bias": bias is not None}
-    spec = tuned(kind, _capability(x), rows, **shape)
-    y = x.new_empty((rows, n))
-    launch(spec, rows, n, x, *_bytes(w), y if bias is None else bias, y)
+    key = (kind, x.shape, x.dtype, x.device, w[0].shape, None if bias is None else bias.dtype)
+    known = _LAUNCHES.get(key)
+    if known is None:
+        rows, k, n = *x.shape, len(w[0])
+        shape = {"k": k, "n": n, "dtype": x.dtype, "bias": bias is not None}
+        made = launcher(tuned(kind, _capability(x), rows, **shape), rows, n)
+        known = remember(_LAUNCHES, key, (made, spec_of((rows, n), x.dtype)))
+    run, of = known
+    y = empty(of, x.device)
+    given = (x, *_bytes(w), y if bias is None else bias)
+    run([*given, y, x.shape[0]], _addresses(given))
     return y.to(dtype)
 
 
@@ -222,20 +230,26 @@ def _finish(y: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -
 def launch(spec: KernelSpec, rows: int, columns: int, *tensors: Tensor) -> None:
     """One program a tile of [rows, columns]; the number of rows is the kernel's last argument."""
     key = (spec, rows, columns, *[one.dtype for one in tensors])
-    known = _LAUNCHES.get(key)
-    if known is None:
-        grid = (-(-rows // spec.tile[0]), -(-columns // spec.tile[1]))
-        how = {"num_warps": spec.warps, "num_stages": spec.stages}
-        # NOTE a fused multiply-add would round a scale once where the definition rounds twice.
-        made = Launch(load(spec), grid, **how, enable_fp_fusion=False)
-        known = remember(_LAUNCHES, key, made)
-    addresses = 0
+    known = _LAUNCHES.get(key) or remember(_LAUNCHES, key, launcher(spec, rows, columns))
+    known([*tensors, rows], _addresses(tensors))
+
+
+def launcher(spec: KernelSpec, rows: int, columns: int) -> Launch:
+    """The launch of ``spec`` on [rows, columns], for tensors of some dtypes."""
+    grid = (-(-rows // spec.tile[0]), -(-columns // spec.tile[1]))
+    how = {"num_warps": spec.warps, "num_stages": spec.stages}
+    # NOTE a fused multiply-add would round a scale once where the definition rounds twice.
+    return Launch(load(spec), grid, **how, enable_fp_fusion=False)
+
+
+_LAUNCHES: dict[Any, Any] = {}
+
+
+def _addresses(tensors: Sequence[Tensor]) -> int:
+    together = 0
     for one in tensors:
-        addresses |= one.data_ptr()
-    known([*tensors, rows], addresses)
-
-
-_LAUNCHES: dict[Any, Launch] = {}
+        together |= one.data_ptr()
+    return together
 
 
 def _bytes(operand: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

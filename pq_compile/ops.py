@@ -3,6 +3,7 @@
     linear  x @ decode(W).T + bias
     rows    a row program: a fused chain that ends in quantised rows
     matmul  quantised rows by one or more weights that read them
+    site    both in one: the rows, and every product of them
 
 Where no row of the route table serves, the plain torch reference does: on the CPU, for the formats
 other than NVFP4, on old devices.
@@ -11,6 +12,7 @@ other than NVFP4, on old devices.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from .rows import lead_of, parse, quantise_rows
 from .rows import reference as rows_reference
 from .scratch import Weight
 
+QUANTISED = {"fp8": 2, "half": 2}  # tensors that the rows are for a kind of product; others: 3
 SCHEMES = ("w4a4", "w4a8", "w4a16")
 _library: Any = torch.library  # which has no types
 LIBRARY = _library.Library("permuquant", "DEF")
@@ -34,6 +37,10 @@ LIBRARY.define("rows(Tensor[] inputs, str program) -> Tensor[]")
 LIBRARY.define(
     "matmul(Tensor[] a, Tensor[] packed, Tensor[] scales, Tensor[] tensor_scales, Tensor[] biases,"
     " str kind, ScalarType dtype) -> Tensor"
+)
+LIBRARY.define(
+    "site(Tensor[] inputs, Tensor[] weights, Tensor[] biases, str program, str kind, int[] teams,"
+    " int[] biased, ScalarType dtype) -> Tensor[]"
 )
 
 
@@ -103,6 +110,42 @@ def matmul(
     multiply = products.multiply if first.is_cuda and first.numel() else products.reference
     y = multiply(flat, weights, biases, kind, dtype)
     return y if first.ndim == 2 else y.view(*first.shape[:-1], y.shape[1])
+
+
+def site(
+    inputs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    program: str,
+    kind: str,
+    teams: Sequence[int],
+    biased: Sequence[int],
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """``rows`` of the program, then ``matmul`` of them with each team of weights; the products
+    [..., N], then the values kept.
+
+    ``weights``: packed, scales and tensor scale of each; ``teams`` says how many belong together,
+    ``biased`` how many of the ``biases`` are theirs.
+    """
+    quantised: list[Tensor]
+    if inputs[0].is_cuda and inputs[0].numel():
+        quantised, kept, lead = row_kernels.run_flat(program, inputs)
+        multiply = products.multiply
+    else:
+        made, split = rows(inputs, program), QUANTISED.get(kind, 3)
+        kept, lead = made[split:], tuple(made[0].shape[:-1])
+        quantised = [x.reshape(-1, x.shape[-1]) if x.ndim else x for x in made[:split]]
+        multiply = products.reference
+    found, first, bias = [], 0, 0
+    for count, several in zip(teams, biased, strict=True):
+        team = [
+            (weights[i], weights[i + 1], weights[i + 2]) for i in range(first, first + 3 * count, 3)
+        ]
+        y = multiply(quantised, team, biases[bias : bias + several], kind, dtype)
+        found.append(y.view(*lead, y.shape[1]))
+        first, bias = first + 3 * count, bias + several
+    return [*found, *kept]
 
 
 def where(device: torch.device, format: str, scheme: str, rows: int, dtype: Any = None) -> str:
@@ -181,10 +224,29 @@ def _fake_matmul(a: Sequence[Tensor], packed: Sequence[Tensor], *rest: Any) -> T
     return a[0].new_empty((*a[0].shape[:-1], n), dtype=rest[-1])
 
 
+def _fake_site(
+    inputs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    program: str,
+    kind: str,
+    teams: Sequence[int],
+    biased: Sequence[int],
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    parsed, lead = parse(program), lead_of(inputs)
+    widths = [weight.shape[0] for weight in weights[::3]]
+    ends = list(accumulate(teams, initial=0))
+    sizes = [sum(widths[a:b]) for a, b in pairwise(ends)]
+    found = [inputs[0].new_empty((*lead, size), dtype=dtype) for size in sizes]
+    return found + row_kernels.outputs(parsed, lead, inputs[0])[QUANTISED.get(kind, 3) :]
+
+
 for name, function, fake in (
     ("linear", linear, _fake_linear),
     ("rows", rows, _fake_rows),
     ("matmul", matmul, _fake_matmul),
+    ("site", site, _fake_site),
 ):
     LIBRARY.impl(name, function, "CompositeExplicitAutograd")
     _library.register_fake(f"permuquant::{name}", fake, lib=LIBRARY)

@@ -45,8 +45,9 @@ def tuned(program: Program, phase: Phase, device: torch.device) -> RowKernel:
 class Plan:
     """How a program runs on inputs of given shapes and strides: everything but the tensors."""
 
-    written: tuple[Spec, ...]  # what comes out
-    quantised: int  # the first so many of it; then values kept
+    quantised: tuple[Spec, ...]  # the rows, as [M, ...]
+    kept: tuple[Spec, ...]
+    lead: tuple[int, ...]
     copied: tuple[int, ...]  # inputs whose last dimension has gaps
     strides: tuple[tuple[int, int], ...]  # of each input over samples and rows; 0 where shared
     rows: int  # of a sample
@@ -63,30 +64,38 @@ def run(text: str, inputs: Sequence[Tensor]) -> list[Tensor]:
     Codes equal the reference's but where the fp32 arithmetic of the steps, in another order, falls
     on the other side of a tie.
     """
+    quantised, kept, lead = run_flat(text, inputs)
+    return [*(x.view(*lead, x.shape[1]) if x.ndim else x for x in quantised), *kept]
+
+
+def run_flat(
+    text: str, inputs: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor], tuple[int, ...]]:
+    """The quantised rows [M, ...], the values kept [..., K], and the sizes ``...`` of M rows."""
     x = inputs[0]
     key = (text, x.device, *[(one.shape, one.stride(), one.dtype) for one in inputs])
     plan = _PLANS.get(key)
     if plan is None:
         plan = remember(_PLANS, key, _plan(parse(text), inputs))
     device = x.device
-    results = [empty(one, device) for one in plan.written]
+    quantised = [empty(one, device) for one in plan.quantised]
+    kept = [empty(one, device) for one in plan.kept]
     if not plan.launches:
-        return results
+        return quantised, kept, plan.lead
     given: list[Tensor | int] = []
     addresses = 0
     for i, (sample, row) in enumerate(plan.strides):
         one = inputs[i].contiguous() if i in plan.copied else inputs[i]
         addresses |= one.data_ptr()
         given += (one, sample, row)
-    quantised, kept = results[: plan.quantised], results[plan.quantised :]
     if len(plan.launches) == 1:
         plan.launches[0]([*given, *kept, *quantised, plan.rows], addresses)
-        return results
+        return quantised, kept, plan.lead
     peak = torch.zeros((), dtype=torch.int32, device=device)
     plan.launches[0]([*given, *kept, peak, plan.rows], addresses)
     three = (quantised[0], quantised[1], quantised[-1])
     plan.launches[1]([*given, peak, *three, plan.rows], addresses)
-    return results
+    return quantised, kept, plan.lead
 
 
 def _plan(program: Program, inputs: Sequence[Tensor]) -> Plan:
@@ -100,7 +109,11 @@ def _plan(program: Program, inputs: Sequence[Tensor]) -> Plan:
     copied = tuple(i for i, x in enumerate(inputs) if x.stride(-1) != 1 and x.shape[-1] != 1)
     like = [torch.empty(x.shape, device="meta") if i in copied else x for i, x in enumerate(inputs)]
     strides = tuple(_strides(x, len(lead) + 1) for x in like)
-    written = tuple(spec(x.shape, x.dtype) for x in outputs(program, lead, like[0].to("meta")))
+    made = outputs(program, lead, like[0].to("meta"))
+    flat = [x.reshape(samples * rows, x.shape[-1]) if x.ndim else x for x in made]
+    split = len(made) - len(program.kept)
+    quantised = tuple(spec(x.shape, x.dtype) for x in flat[:split])
+    kept = tuple(spec(x.shape, x.dtype) for x in made[split:])
     phases: tuple[Phase, ...] = ("peak", "codes")
     if program.target in ("fp8", "none"):
         phases = ("once",)
@@ -118,8 +131,7 @@ def _plan(program: Program, inputs: Sequence[Tensor]) -> Plan:
         for kernel in kernels
         if samples * rows
     ]
-    quantised = len(written) - len(program.kept)
-    return Plan(written, quantised, copied, strides, rows, tuple(launches))
+    return Plan(quantised, kept, lead, copied, strides, rows, tuple(launches))
 
 
 def _strides(x: Tensor, rank: int) -> tuple[int, int]:
