@@ -22,6 +22,7 @@ from pq_compile.routes import TABLE, Route
 assert ops.SCHEMES
 
 ROUTES = {(row.scheme, row.name): row for row in TABLE}
+OPERATORS = ("linear", "rows", "matmul", "site")
 FUSED = tuple(key for key, row in ROUTES.items() if row.target)
 
 
@@ -97,4 +98,4 @@ def captured(model: Callable[..., Any], *args: Any, **how: Any) -> Captured:
 def calls(module: fx.GraphModule) -> Mapping[str, int]:
     """How many calls of our operators a graph holds, by name."""
     names = [str(n.target) for n in module.graph.nodes if "permuquant" in str(n.target)]
-    return {name: sum(name in one for one in names) for name in ("linear", "rows", "matmul")}
+    return {name: sum(f".{name}." in one for one in names) for name in OPERATORS}

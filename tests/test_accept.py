@@ -286,7 +286,7 @@ def test_a_group_is_judged_by_the_mean_over_its_readers() -> None:
     spread=st.floats(0, 2),
     format=st.sampled_from(["nvfp4", "int4"]),
     tau=st.sampled_from([0.0, 0.02, 0.1]),
-    scheme=st.sampled_from(["w4a4", "w4a16"]),
+    scheme=st.sampled_from(["w4a4", "w4a8", "w4a16"]),
 )
 def test_a_plan_is_never_worse_than_the_identity(
     seed: int, spread: float, format: str, tau: float, scheme: str
@@ -441,6 +441,9 @@ def test_nothing_to_quantise_is_a_sentence_with_reasons() -> None:
         (linear("a"), Options(), "w4a4"),
         (linear("a", per_sample=True), Options(), "w4a16"),
         (linear("a"), Options(scheme="w4a16"), "w4a16"),
+        (linear("a"), Options(scheme="w4a8"), "w4a8"),
+        (linear("a", per_sample=True), Options(scheme="w4a8"), "w4a16"),
+        (linear("a", 256, 72), Options(scheme="w4a8"), "w4a16"),
         (linear("a", 64, 63), Options(), "keep"),
         (linear("blocks.3.attn.to_q"), Options(skip=("blocks.3.*",)), "keep"),
         (linear("blocks.3.attn.to_q"), Options(skip=("*.attn",)), "keep"),

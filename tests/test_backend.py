@@ -18,7 +18,7 @@ from pq_compile import backend
 from pq_compile.errors import Refused
 from pq_compile.options import Options
 from pq_compile.resolve import parameters_of
-from tests.models import Denoiser, denoiser, inputs, run
+from tests.models import Denoiser, denoiser, inputs, relative_error, run
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -37,7 +37,12 @@ def compiled(model: Any, **options: Any) -> Any:
         ({"recipee": "rtn"}, r"unknown option 'recipee'; did you mean 'recipe'\?; known options"),
         ({"recipe": "permquant"}, r"recipe='permquant' is not one of .*did you mean 'permuquant'"),
         ({"format": "nvfp8"}, r"format='nvfp8' is not one of .*did you mean 'nvfp4'"),
-        ({"scheme": "w4a8"}, r"scheme='w4a8' is not one of auto, w4a4, w4a16"),
+        ({"scheme": "w8a8"}, r"scheme='w8a8' is not one of auto, w4a4, w4a8, w4a16; did you mean"),
+        (
+            {"route": "fp4"},
+            r"route='fp4' is not one of auto, fp8, half, native.*did you mean 'fp8'",
+        ),
+        ({"route": "half"}, r"route='half' does not serve w4a4 .* without CUDA; there: reference"),
         ({"release_weights": "forget"}, r"release_weights='forget' is not one of backup, drop"),
         ({"alpha": 2.0}, r"alpha=\(2.0,\) must be one or more numbers between 0 and 1"),
         ({"tau": -1.0}, r"tau=-1.0 must be a number of at least 0"),
@@ -49,6 +54,28 @@ def compiled(model: Any, **options: Any) -> Any:
 def test_bad_options_are_one_clear_error(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(Refused, match=sentence):
         run(compiled(denoiser(), **options), *inputs(0))
+
+
+@pytest.mark.parametrize("scheme", ["w4a4", "w4a8", "w4a16"])
+def test_every_scheme_is_served_and_reported(scheme: str) -> None:
+    model = denoiser()
+    fast = compiled(model, scheme=scheme, route="reference")
+    error = relative_error(run(fast, *inputs(0)), run(denoiser(), *inputs(0)))
+    assert 0 < error < 0.3
+    report = pq_compile.report(fast).to_dict()
+    assert report["summary"]["scheme"] == scheme
+    routes = {one["name"]: one["route"] for one in report["linears"]}
+    assert routes["blocks.0.up"] == scheme
+    assert routes["blocks.0.modulation"] == "w4a16"
+
+
+def test_eight_bits_of_activation_lose_less_than_four() -> None:
+    exact = run(denoiser(), *inputs(0))
+    errors = {}
+    for scheme in ("w4a4", "w4a8", "w4a16"):
+        torch._dynamo.reset()
+        errors[scheme] = relative_error(run(compiled(denoiser(), scheme=scheme), *inputs(0)), exact)
+    assert errors["w4a16"] < errors["w4a8"] < errors["w4a4"]
 
 
 def test_training_is_refused() -> None:

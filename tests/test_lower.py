@@ -74,6 +74,16 @@ def test_a_linear_without_a_route_stays() -> None:
     assert len(lowered.packed) == 1
 
 
+def test_a_route_that_was_asked_for_is_asked_of_every_linear() -> None:
+    module = captured(Gated(), torch.randn(2, 5, 32))
+    first, second = routes_of(module)
+    lowered = lower(module, {first: "w4a4", second: "w4a16"}, "nvfp4", None, "in_loop")
+    nodes = [node for node in lowered.module.graph.nodes if "permuquant" in str(node.target)]
+    assert [node.args[6:] for node in nodes] == [("w4a4", "in_loop"), ("w4a16", "in_loop")]
+    auto = lower(module, {first: "w4a4"}, "nvfp4", None, "auto")
+    assert show(auto.module) == show(lower(module, {first: "w4a4"}, "nvfp4").module)
+
+
 def test_without_routes_nothing_changes() -> None:
     module = captured(Gated(), torch.randn(2, 5, 32))
     lowered = lower(module, {}, "nvfp4")
