@@ -393,7 +393,8 @@ def test_what_two_chains_share_of_a_sample_stays_for_both() -> None:
 def test_a_value_kept_by_one_chain_is_read_by_the_next() -> None:
     def body(s: Any, x: Tensor) -> Any:
         h = F.silu(x)
-        return s.up(h) + s.down(torch.tanh(h))
+        other = torch.tanh(h)  # nobody needs h before this
+        return s.up(h) + s.down(other)
 
     found = captured(Toy(body, up=(64, 64), down=(64, 64)), randn(2, 3, 64))
     assert programs(found) == [
