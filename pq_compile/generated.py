@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import linecache
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,6 +38,11 @@ class Launch:
         self.function, self.options = function, options
         self.grid = (*grid, 1, 1)[:3]
         self._ready: dict[int, tuple[Any, Any, Any]] = {}  # device -> how to launch on it
+
+    @property
+    def instances(self) -> int:
+        """Of the program, in all."""
+        return math.prod(self.grid)
 
     def __call__(self, arguments: Sequence[Tensor | int], addresses: int = 0) -> None:
         """``arguments`` are those of the kernel, in order; the first is a tensor.

@@ -91,10 +91,11 @@ def run_flat(
     if len(plan.launches) == 1:
         plan.launches[0]([*given, *kept, *quantised, plan.rows], addresses)
         return quantised, kept, plan.lead
-    peak = torch.zeros((), dtype=torch.int32, device=device)
+    count = plan.launches[0].instances
+    peak = empty(spec((count,), torch.int32), device)
     plan.launches[0]([*given, *kept, peak, plan.rows], addresses)
     three = (quantised[0], quantised[1], quantised[-1])
-    plan.launches[1]([*given, peak, *three, plan.rows], addresses)
+    plan.launches[1]([*given, peak, *three, count, plan.rows], addresses)
     return quantised, kept, plan.lead
 
 

@@ -51,3 +51,14 @@ def finite_peak(groups):
     bits = tl.max(groups.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
     return tl.max(tl.where(bits < 0x7F800000, bits, 0), 0)
 '''
+
+LARGEST_OF = '''
+@triton.jit
+def largest_of(peak, count):
+    """The largest of the magnitudes that the instances of the first pass wrote, as bits."""
+    largest = tl.zeros((1024,), tl.int32)
+    for start in range(0, count, 1024):
+        at = start + tl.arange(0, 1024)
+        largest = tl.maximum(largest, tl.load(peak + at, at < count, other=0))
+    return tl.max(largest, 0).to(tl.float32, bitcast=True)
+'''

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from . import templates
-from .row_templates import ENCODE_FP8, FINITE_PEAK, ROUND_E2M1, SCALE_OF_GROUPS
+from .row_templates import ENCODE_FP8, FINITE_PEAK, LARGEST_OF, ROUND_E2M1, SCALE_OF_GROUPS
 from .rows import FOLD, OPS, SMALLEST_PEAK, Program
 
 Phase = Literal["once", "peak", "codes"]
@@ -76,20 +76,21 @@ def source(kernel: RowKernel) -> str:
     helpers = templates.TENSOR_SCALE + templates.ENCODE_E4M3 + ENCODE_FP8[kernel.instruction]
     if program.target.startswith("nvfp4"):
         helpers += templates.DECODE_E4M3 + templates.PACK_INTEGER.format()
-        helpers += ROUND_E2M1 + SCALE_OF_GROUPS + FINITE_PEAK
+        helpers += ROUND_E2M1 + SCALE_OF_GROUPS + FINITE_PEAK + LARGEST_OF
     pointers = [f"x{i}, x{i}_b, x{i}_t" for i in range(len(program.inputs))]
     pointers += [f"kept{i}" for i in range(len(program.kept))] if kernel.phase != "codes" else []
     pointers += {
         "once": ["codes", "scales"] if program.target != "none" else [],
         "peak": ["peak"],
-        "codes": ["peak", "codes", "scales", "tensor"],
+        "codes": ["peak", "codes", "scales", "tensor", "count"],
     }[kernel.phase]
+    free = '["count", "T"]' if kernel.phase == "codes" else '["T"]'
     body = "\n".join("    " + line for line in _body(kernel))
     return (
         f"# {program}\n# {kernel.phase}, {kernel.rows} rows a program\n"
         + templates.HEADER
         + helpers
-        + f'\n@triton.jit(do_not_specialize=["T"])\ndef {kernel.name}({", ".join(pointers)}, T):\n'
+        + f"\n@triton.jit(do_not_specialize={free})\ndef {kernel.name}({', '.join(pointers)}, T):\n"
         + body
         + "\n"
     )
@@ -107,14 +108,15 @@ def _body(kernel: RowKernel) -> Iterator[str]:
     if kernel.phase == "peak":
         yield "largest = tl.program_id(0) * 0"
     if kernel.phase == "codes":
-        yield "tensor_scale = tensor_scale_of(tl.load(peak).to(tl.float32, bitcast=True))"
+        yield "tensor_scale = tensor_scale_of(largest_of(peak, count))"
         if program.target in ("nvfp4", "nvfp4_half"):
             yield "tl.store(tensor, tensor_scale)"
     yield f"for row in range(first, tl.minimum(first + {kernel.rows}, T)):"
     for line in _row(kernel):
         yield "    " + line
     if kernel.phase == "peak":
-        yield "tl.atomic_max(peak, largest)"
+        where = "tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)"
+        yield f"tl.store(peak + {where}, largest)"
 
 
 def _pointers(program: Program) -> Iterator[str]:

@@ -37,14 +37,18 @@ Weight = tuple[Tensor, Tensor, Tensor]
 
 
 def decode(
-    weights: Sequence[Weight], biases: Sequence[Tensor], precision: Precision
+    weights: Sequence[Weight],
+    biases: Sequence[Tensor],
+    precision: Precision,
+    *factor: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``decode_reference`` by one kernel, bit for bit."""
+    """``decode_reference`` by one kernel, bit for bit; ``factor`` [] is of every row as well."""
     packed = weights[0][0]
-    key = (precision, packed.device, *[w[0].shape for w in weights], *[b.dtype for b in biases])
+    shapes, dtypes = [w[0].shape for w in weights], [b.dtype for b in biases]
+    key = (precision, packed.device, len(factor), *shapes, *dtypes)
     plan = _PLANS.get(key)
     if plan is None:
-        plan = remember(_PLANS, key, _plan(weights, biases, precision))
+        plan = remember(_PLANS, key, _plan(weights, biases, precision, bool(factor)))
     launch, specs = plan
     out, column, *joined = [empty(one, packed.device) for one in specs]
     bias = joined[0] if joined else biases[0] if biases else None
@@ -54,7 +58,7 @@ def decode(
         arguments += weight
         arguments.append(biases[i] if joined else weight[2])
         addresses |= arguments[-1].data_ptr()
-    launch([*arguments, out, column, joined[0] if joined else column], addresses)
+    launch([*arguments, out, column, joined[0] if joined else column, *factor], addresses)
     return out, column, bias
 
 
@@ -62,13 +66,13 @@ _PLANS: dict[Any, tuple[Launch, list[Spec]]] = {}
 
 
 def _plan(
-    weights: Sequence[Weight], biases: Sequence[Tensor], precision: Precision
+    weights: Sequence[Weight], biases: Sequence[Tensor], precision: Precision, factor: bool
 ) -> tuple[Launch, list[Spec]]:
     """The launch, and what it writes: the weights, their factors, and biases laid side by side."""
     packed = weights[0][0]
     outputs, k = tuple(len(w[0]) for w in weights), 2 * packed.shape[1]
     fast, joined = precision == "fp8" and packed.is_cuda, len(weights) > 1 and bool(biases)
-    kernel = DecodeKernel(precision, k, outputs, joined, instruction=fast)
+    kernel = DecodeKernel(precision, k, outputs, joined, factor, instruction=fast)
     launch = Launch(load(kernel), (sum(kernel.blocks),), num_warps=kernel.warps)
     n, dtype = sum(outputs), torch.float8_e4m3fn if precision == "fp8" else torch.bfloat16
     specs = [spec((n, k), dtype), spec((1, n), torch.float32)]
@@ -76,10 +80,13 @@ def _plan(
 
 
 def decode_reference(
-    weights: Sequence[Weight], biases: Sequence[Tensor], precision: Precision
+    weights: Sequence[Weight],
+    biases: Sequence[Tensor],
+    precision: Precision,
+    *factor: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Weights [N_i, K] below each other, [N, K]; the factor of each of those rows, fp32 [1, N];
-    and the biases [N].
+    """Weights [N_i, K] below each other, [N, K]; the factor of each of those rows, fp32 [1, N],
+    times ``factor`` [] if one is given; and the biases [N].
     """
     found, columns = [], []
     for packed, scales, tensor_scale in weights:
@@ -89,7 +96,10 @@ def decode_reference(
             found.append(NVFP4.decode(packed, scales).to(torch.bfloat16))
         times = 6.0 if precision == "fp8" else 1.0
         columns.append((tensor_scale * times).expand(len(packed)))
-    return torch.cat(found), torch.cat(columns)[None], torch.cat(list(biases)) if biases else None
+    column = torch.cat(columns)[None]
+    for one in factor:
+        column = column * one
+    return torch.cat(found), column, torch.cat(list(biases)) if biases else None
 
 
 def matmul_fp8(
@@ -126,6 +136,5 @@ def matmul_half(
     """fp32 [M, N] products of ``a`` [M, K] in bfloat16, the factor that each column still lacks,
     the tensor scale of ``a`` included if there is one, and the bias.
     """
-    w, column, bias = decode(weights, biases, "half")
-    y = torch.mm(a, w.t(), out_dtype=torch.float32)
-    return y, column * scale[0] if scale else column, bias
+    w, column, bias = decode(weights, biases, "half", *scale)
+    return torch.mm(a, w.t(), out_dtype=torch.float32), column, bias

@@ -15,7 +15,7 @@ Precision = Literal["fp8", "half"]
 
 PART = '''
 @triton.jit
-def part(w_ptr, scale_ptr, tensor_ptr, bias_ptr, out_ptr, column_ptr, bias_out_ptr, block,
+def part(w_ptr, scale_ptr, tensor_ptr, bias_ptr, out_ptr, column_ptr, bias_out_ptr, factor, block,
          FIRST: tl.constexpr, N: tl.constexpr, BIAS: tl.constexpr):
     """A block of one weight, {EACH} channels from each integer; and the factor and bias of rows."""
     w_ptr = w_ptr.to(tl.pointer_type({INTEGER}))
@@ -31,7 +31,7 @@ def part(w_ptr, scale_ptr, tensor_ptr, bias_ptr, out_ptr, column_ptr, bias_out_p
     to = block.to(tl.int64) * (2 * {BLOCK}) + tl.arange(0, 2 * {BLOCK})
     tl.store(out_ptr + 2 * FIRST * {ROW} + to, both, to < 2 * N * {ROW})
     if block * {BLOCK} < N:
-        column = tl.zeros(({BLOCK},), tl.float32) + tl.load(tensor_ptr) * {TIMES}
+        column = tl.zeros(({BLOCK},), tl.float32) + (tl.load(tensor_ptr) * {TIMES}) * factor
         tl.store(column_ptr + FIRST + index, column, index < N)
         if BIAS:
             tl.store(bias_out_ptr + FIRST + index, tl.load(bias_ptr + index, index < N), index < N)
@@ -116,6 +116,7 @@ class DecodeKernel:
     k: int  # channels, a multiple of 16
     outputs: tuple[int, ...]  # output channels of each weight
     bias: bool
+    factor: bool = False  # rows are to be multiplied by another number as well
     instruction: bool = False
     block: int = 1024  # integers that a program instance decodes
     warps: int = 4
@@ -147,13 +148,15 @@ def source(kernel: DecodeKernel) -> str:
     helpers = templates.DECODE_E4M3 + templates.DECODE_E2M1 + templates.ENCODE_E4M3
     text = templates.HEADER + helpers + (UNFOLD[how] + PART).format(**known, TIMES=times)
     arguments = [f"w{i}, s{i}, t{i}, b{i}" for i in range(len(kernel.outputs))]
-    text += f"\n@triton.jit\ndef {kernel.name}({', '.join(arguments)}, out, column, bias):\n"
+    arguments += ["out", "column", "bias", *(["factor"] if kernel.factor else [])]
+    text += f"\n@triton.jit\ndef {kernel.name}({', '.join(arguments)}):\n"
     text += f'    """{list(kernel.outputs)} x {kernel.k} codes, one weight below the other."""\n'
     text += "    block = tl.program_id(0)\n"
+    text += f"    times = {'tl.load(factor)' if kernel.factor else '1.0'}\n"
     first = before = 0
     for i, (n, blocks) in enumerate(zip(kernel.outputs, kernel.blocks, strict=True)):
         text += f"    {'if' if i == 0 else 'elif'} block < {before + blocks}:\n"
-        text += f"        part(w{i}, s{i}, t{i}, b{i}, out, column, bias, block - {before}, "
+        text += f"        part(w{i}, s{i}, t{i}, b{i}, out, column, bias, times, block - {before}, "
         text += f"{first}, {n}, {kernel.bias})\n"
         first, before = first + n, before + blocks
     return text

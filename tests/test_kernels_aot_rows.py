@@ -50,7 +50,13 @@ def kernel_of(name: str, to: Target, phase: Phase) -> RowKernel:
 
 def compiled(kernel: RowKernel, target: int) -> Any:
     function, to = row_kernels.load(kernel), kernel.program.target
-    types = {"peak": "*i32", "tensor": "*fp32", "codes": CODES.get(to, "*u8"), "T": "i32"}
+    types = {
+        "peak": "*i32",
+        "tensor": "*fp32",
+        "codes": CODES.get(to, "*u8"),
+        "count": "i32",
+        "T": "i32",
+    }
     types["scales"] = "*fp8e4nv" if to == "nvfp4" else "*fp32"
     for name in function.arg_names:
         if name not in types:

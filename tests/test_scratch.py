@@ -88,6 +88,16 @@ def test_weights_are_decoded_bit_by_bit(
 
 
 @EACH
+def test_a_factor_of_all_rows_is_multiplied_in(
+    interpreted: Interpreter, precision: Precision
+) -> None:
+    given, factor = weights((16, 48), 64), torch.tensor(0.37)
+    found = interpreted(decode, given, [], precision, factor)
+    assert equal(found, decode_reference(given, [], precision, factor))
+    assert not equal(found[1:2], decode_reference(given, [], precision)[1:2])
+
+
+@EACH
 def test_every_code_is_decoded(interpreted: Interpreter, precision: Precision) -> None:
     given = every_code()
     found = interpreted(decode, given, [], precision)
