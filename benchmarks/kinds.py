@@ -15,7 +15,7 @@ from typing import NamedTuple
 KINDS = ("gemm", "attention", "elementwise", "quantise", "decode", "matvec", "other")
 
 TABLE: tuple[tuple[str, str], ...] = (
-    ("matvec", r"^matmul_w4a16_vector"),
+    ("matvec", r"^matmul_w4a16_(vector|half|integer)"),
     ("gemm", r"^matmul_"),
     ("decode", r"^decode"),
     ("quantise", r"^(rows|quantise|peak)"),

@@ -127,16 +127,24 @@ def _one_by_one(calls: Sequence[Call]) -> Call:
 
 
 def copy_rate(bytes_moved: int, device: str, repetitions: int = 7) -> float:
-    """GB/s of device-to-device copies that read and write ``bytes_moved`` bytes together."""
-    half = max(16, bytes_moved // 2)
-    count = sets(bytes_moved)
-    pairs = [torch.empty(2, half, dtype=torch.uint8, device=device) for _ in range(count)]
+    """GB/s of device-to-device copies that read and write ``bytes_moved`` bytes together.
 
-    def copy(pair: Tensor) -> Call:
+    The faster of two ways: in a CUDA graph ``copy_`` is left to the copy engine, which reached 2.8
+    TB/s on an H200 where kernels reach 4.2; so a kernel that only inverts bits copies as well.
+    """
+    half = max(16, bytes_moved // 2) // 8
+    count = sets(bytes_moved)
+    pairs = [torch.zeros(2, half, dtype=torch.int64, device=device) for _ in range(count)]
+
+    def engine(pair: Tensor) -> Call:
         return lambda: pair[1].copy_(pair[0])
 
-    found = rotating([copy(pair) for pair in pairs], repetitions)
-    return float(2 * half / found["median"] / 1e6)
+    def kernel(pair: Tensor) -> Call:
+        return lambda: torch.bitwise_not(pair[0], out=pair[1])
+
+    ways = [[way(pair) for pair in pairs] for way in (engine, kernel)]
+    least = min(rotating(calls, repetitions)["median"] for calls in ways)
+    return float(16 * half / least / 1e6)
 
 
 def allocated() -> int:
