@@ -88,7 +88,8 @@ def permuquant(
 ) -> Callable[..., Any]:
     """What ``torch.compile(model, backend="permuquant")`` calls for every captured graph.
 
-    ``mode`` is Inductor's (GPU only); ``options`` are those of ``pq_compile.options.Options``.
+    ``mode`` is Inductor's (GPU only), and so is the option of that name, as ``torch.compile`` takes
+    no ``mode`` beside ``options``; those are of ``pq_compile.options.Options``.
     Raises ``Refused`` for an unknown option, training, autocast, weights on the meta device, and a
     whole model without a linear that can be quantised.
     """
@@ -103,7 +104,7 @@ def permuquant(
     compiled = None
     if not _releases_later(analysis, example_inputs, parsed):
         inputs = _lowered_inputs(analysis, example_inputs, parsed)
-        compiled = compile_lowered(analysis.program, inputs, parsed, mode)
+        compiled = compile_lowered(analysis.program, inputs, parsed, mode or parsed.mode)
     return CompiledGraph(analysis.program, parsed, PASSES, compiled)
 
 

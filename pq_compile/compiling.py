@@ -30,7 +30,7 @@ def compile_lowered(
     lowered: Program,
     example_inputs: Sequence[Any],
     options: Options,
-    mode: str | None,
+    mode: str,
 ) -> Callable[..., Any]:
     """The callable of ``lowered``'s graph; ``example_inputs`` are one per input of that graph.
 
@@ -41,7 +41,7 @@ def compile_lowered(
     from torch._inductor import config, list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
-    patches = list_mode_options(mode) if mode else {}
+    patches = list_mode_options(mode)
     if config.triton.cudagraph_trees:  # CUDA graphs of the older kind don't look at addresses
         tell_sources(lowered)
         patches = {**patches, **UNCHECKED}

@@ -17,6 +17,7 @@ CHOICES = {
     "format": ("nvfp4", "mxfp4", "int4", "int3", "none"),
     "scheme": ("auto", "w4a4", "w4a8", "w4a16"),
     "route": ("auto", "fp8", "half", "native", "in_loop", "reference"),
+    "mode": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
     "release_weights": ("backup", "drop", "keep"),
 }
 NEEDS_NO_DATA = ("rtn", "random")
@@ -33,6 +34,7 @@ class Options:
     format: str = "nvfp4"
     scheme: str = "auto"
     route: str = "auto"
+    mode: str = "default"
     alpha: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     tau: float = 0.02
     calibration_calls: int = 64

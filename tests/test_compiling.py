@@ -66,9 +66,10 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     assert torch._inductor.config.size_asserts
 
 
-def compile_once(mode: str | None) -> None:
+def compile_once(mode: str | None, more: dict[str, Any] | None = None) -> None:
+    options = {**OPTIONS, **(more or {})}
     fast: Any = torch.compile(
-        denoiser(blocks=1), backend=partial(backend.permuquant, mode=mode, options=OPTIONS)
+        denoiser(blocks=1), backend=partial(backend.permuquant, mode=mode, options=options)
     )
     run(fast, *inputs(0))  # observes, and freezes at its end
     with pytest.raises(Exception, match="Told"):
@@ -87,6 +88,11 @@ def test_parameters_and_packed_weights_are_static_for_cuda_graphs(
     assert any(program.sources[i][1] is not None for i in parameters)
     assert bool(told["cudagraphs"]) == (mode is not None)
     assert not told["asserts"]
+
+
+def test_the_mode_may_be_an_option_too(told: dict[str, Any]) -> None:
+    compile_once(None, {"mode": "reduce-overhead"})
+    assert told["cudagraphs"]
 
 
 def test_without_cuda_graph_trees_packed_weights_are_copied_in_each_call(
