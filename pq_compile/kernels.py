@@ -34,11 +34,8 @@ TEMPLATES: dict[str, str] = {
 }
 TYPES = {torch.float16: "tl.float16", torch.bfloat16: "tl.bfloat16", torch.float32: "tl.float32"}
 
-OLDEST_TRITON = (3, 6)
 FP4_SINCE = {(10, 0): (3, 6), (10, 3): (3, 6), (12, 0): (3, 6), (12, 1): (3, 8)}
 """Compute capabilities with FP4 units, and the first Triton whose ``dot_scaled`` reaches them."""
-
-VECTOR_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -91,17 +88,6 @@ def load(spec: KernelSpec) -> Any:
     return function(spec.name, source(spec))
 
 
-def route(capability: tuple[int, int] | None, triton_version: str, scheme: str, rows: int) -> str:
-    """The kind of a kernel; "reference" where there is none, without CUDA (``None``) for one."""
-    version = tuple(map(int, triton_version.split(".")[:2]))
-    if capability is None or capability < (8, 0) or version < OLDEST_TRITON:
-        return "reference"
-    if scheme == "w4a16":
-        return "w4a16_vector" if rows <= VECTOR_ROWS else "w4a16_portable"
-    native = capability in FP4_SINCE and version >= FP4_SINCE[capability]
-    return "w4a4_native" if native else "w4a4_portable"
-
-
 @lru_cache(4096)
 def tuned(kind: Kind, capability: tuple[int, int], rows: int, **shape: Any) -> KernelSpec:
     """The spec of ``kind`` with the tile, warps and stages for a device and a number of rows.
@@ -111,7 +97,7 @@ def tuned(kind: Kind, capability: tuple[int, int], rows: int, **shape: Any) -> K
     if kind == "w4a4_native" and capability not in FP4_SINCE:
         raise Refused(
             f"permuquant: a device of compute capability {capability[0]}.{capability[1]} has no "
-            "FP4 tensor cores that Triton reaches; route() gives the kernel that it can run"
+            "FP4 tensor cores that Triton reaches; routes.choose gives one that it can run"
         )
     if design := vector.choose(kind, capability, **shape):
         return KernelSpec(**shape, **vector.tuned(design, capability, rows))

@@ -17,14 +17,12 @@ from torch import Tensor
 
 from .errors import Refused
 from .formats import NVFP4
+from .kernels import FP4_SINCE
 from .options import Options
 from .plan import Linear
 from .rows import Target
 
 OLDEST_TRITON = (3, 6)
-FP4_SINCE = {(10, 0): (3, 6), (10, 3): (3, 6), (12, 0): (3, 6), (12, 1): (3, 8)}
-"""Compute capabilities with FP4 units, and the first Triton whose ``dot_scaled`` reaches them."""
-
 FP8 = ((8, 9), (9, 0))
 """Capabilities without FP4 units whose vendor GEMM takes e4m3 with a scale a row and a column."""
 

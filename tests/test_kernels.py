@@ -13,7 +13,7 @@ from torch import Tensor
 from pq_compile import kernels
 from pq_compile.errors import Refused
 from pq_compile.formats import NVFP4
-from pq_compile.kernels import KernelSpec, load, route, source, tuned
+from pq_compile.kernels import KernelSpec, load, source, tuned
 from tests.conftest import Golden
 from tests.interpreting import Interpreter, interpreter
 from tests.near_ties import near_ties
@@ -205,32 +205,6 @@ def test_a_kernel_loads_once_and_carries_its_text(name: str) -> None:
     assert kernel is load(SPECS[name])
     assert kernel.fn.__name__ == SPECS[name].name
     assert kernel.src in source(SPECS[name])
-
-
-@pytest.mark.parametrize(
-    ("capability", "version", "scheme", "rows", "expected"),
-    [
-        (None, "3.9.0", "w4a4", 100, "reference"),
-        ((7, 5), "3.9.0", "w4a4", 100, "reference"),
-        ((9, 0), "3.5.1", "w4a4", 100, "reference"),
-        ((8, 0), "3.6.0", "w4a4", 1, "w4a4_portable"),
-        ((9, 0), "3.6.0", "w4a4", 4608, "w4a4_portable"),
-        ((9, 0), "3.9.0+git1234", "w4a4", 4608, "w4a4_portable"),
-        ((10, 0), "3.6.0", "w4a4", 4608, "w4a4_native"),
-        ((10, 3), "3.10.0", "w4a4", 1, "w4a4_native"),
-        ((12, 0), "3.9.0", "w4a4", 4608, "w4a4_native"),
-        ((12, 1), "3.8.0", "w4a4", 4608, "w4a4_native"),
-        ((12, 1), "3.7.1", "w4a4", 4608, "w4a4_portable"),
-        ((11, 0), "3.9.0", "w4a4", 4608, "w4a4_portable"),
-        ((9, 0), "3.6.0", "w4a16", 16, "w4a16_vector"),
-        ((12, 0), "3.6.0", "w4a16", 17, "w4a16_portable"),
-        ((7, 5), "3.6.0", "w4a16", 1, "reference"),
-    ],
-)
-def test_the_route_table(
-    capability: tuple[int, int] | None, version: str, scheme: str, rows: int, expected: str
-) -> None:
-    assert route(capability, version, scheme, rows) == expected
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (11, 0)])

@@ -10,7 +10,8 @@ import pytest
 import torch
 import triton
 
-from pq_compile.kernels import FP4_SINCE, KernelSpec, Kind, load, route, tuned
+from pq_compile.kernels import FP4_SINCE, KernelSpec, Kind, load, tuned
+from pq_compile.routes import Where, choose
 from tests import aot
 from tests.aot import own_cache
 
@@ -40,8 +41,9 @@ def runs_on(kind: Kind, target: int) -> bool:
     if kind in ("peak", "quantise", "w4a16_half", "w4a16_integer"):
         return True
     scheme = kind.split("_")[0]
-    routes = {route(capability_of(target), triton.__version__, scheme, rows) for rows in (1, 99)}
-    return kind in routes
+    version = tuple(map(int, triton.__version__.split(".")[:2]))
+    where = Where(capability_of(target), version, "nvfp4", torch.float32)
+    return kind in {choose(scheme, where._replace(rows=rows)).kind for rows in (1, 99)}
 
 
 def spec_of(

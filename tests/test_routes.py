@@ -10,7 +10,7 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from pq_compile import kernels, routes
+from pq_compile import routes
 from pq_compile.errors import Refused
 from pq_compile.options import CHOICES, Options
 from pq_compile.plan import Linear
@@ -187,11 +187,6 @@ def test_a_choice_always_serves(scheme: str) -> None:
                     assert found.scheme == scheme
 
 
-def test_native_products_are_compiled_where_the_table_sends_them() -> None:
-    assert routes.FP4_SINCE == kernels.FP4_SINCE
-    assert routes.OLDEST_TRITON == kernels.OLDEST_TRITON
-
-
 # ---------------------------------------------------------------- settling
 
 
@@ -321,3 +316,13 @@ def test_the_weights_decide_where_a_model_is() -> None:
     assert settle_for(Options(), [one], {"a.weight": weight}).scheme == "w4a4"
     with pytest.raises(Refused, match=r"does not serve w4a4 in torch\.float32 on a device"):
         settle_for(Options(route="half"), [one], {"a.weight": weight})
+
+
+@pytest.mark.parametrize(
+    ("version", "known"), [("3.6.0", (3, 6)), ("3.10.1", (3, 10)), ("3.9.0+git1234", (3, 9))]
+)
+def test_the_version_of_triton_is_that_of_its_first_two_numbers(
+    version: str, known: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("triton.__version__", version)
+    assert routes.here(torch.device("cpu"), "nvfp4", torch.bfloat16).triton == known

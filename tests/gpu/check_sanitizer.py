@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from pq_compile import kernels, row_kernels, scratch
+from pq_compile import kernels, routes, row_kernels, scratch
 from pq_compile.formats import NVFP4
 from pq_compile.rows import OPS, parse
 from pq_compile.scratch_text import Precision
@@ -121,7 +121,7 @@ def product_launches(device: str) -> Launches:
         for kind in FP4 if on_fp4(device) else FP4[1:]:
             name = f"{kind} {m}x{n}x{k}"
             yield name, partial(kernels.matmul_w4a4, a, w, bias, torch.bfloat16, kind)
-        few = m <= kernels.VECTOR_ROWS
+        few = m <= routes.FEW_ROWS
         designs: tuple[Any, ...] = tuple(DESIGNS) if few and device != "cpu" else ()  # assembly
         kinds: list[Any] = ["w4a16_portable"] + ["w4a16_vector"] * few
         for kind in kinds:
