@@ -16,7 +16,7 @@ CHOICES = {
     "recipe": ("best", "permuquant", "rtn", "random"),
     "format": ("nvfp4", "mxfp4", "int4", "int3", "none"),
     "scheme": ("auto", "w4a4", "w4a8", "w4a16"),
-    "route": ("auto", "fp8", "half", "native", "in_loop", "reference"),
+    "route": ("auto", "fp8", "half", "native", "fastest", "in_loop", "reference"),
     "mode": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
     "release_weights": ("backup", "drop", "keep"),
 }

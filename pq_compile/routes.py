@@ -60,8 +60,10 @@ class Route:
                 return c in FP8 and where.dtype == torch.bfloat16
             case "half":
                 return where.dtype == torch.bfloat16 and (rows is None or rows > FEW_ROWS)
-            case "w4a4_native":
-                return c in FP4_SINCE and where.triton >= FP4_SINCE[c]
+            case "w4a4_native" | "w4a4_fastest":
+                halves = where.dtype in (torch.bfloat16, torch.float16)
+                reached = c in FP4_SINCE and where.triton >= FP4_SINCE[c]
+                return reached and (halves or self.kind == "w4a4_native")
             case "w4a16_vector":
                 return rows is not None and rows <= FEW_ROWS
             case _:
@@ -72,6 +74,7 @@ TABLE = (
     Route("fp8", "w4a8", "fp8", "fp8"),
     Route("reference", "w4a8", "reference"),
     Route("native", "w4a4", "w4a4_native", "nvfp4"),
+    Route("fastest", "w4a4", "w4a4_fastest", "nvfp4"),
     Route("half", "w4a4", "half", "nvfp4_half"),
     Route("in_loop", "w4a4", "w4a4_portable", "nvfp4"),
     Route("fp8", "w4a4", "fp8", "nvfp4_fp8"),

@@ -40,6 +40,7 @@ FULL, FLOATS = (*(AMPERE, (8, 6), ADA, HOPPER), *BLACKWELL), (BF16, FP16, FP32)
 SERVED: dict[tuple[str, str], dict[str, Any]] = {
     ("w4a8", "fp8"): {"on": (ADA, HOPPER), "in": (BF16,), "rows": (1, 16, 17, 4608, None)},
     ("w4a4", "native"): {"on": BLACKWELL, "in": FLOATS, "rows": (1, 16, 17, 4608, None)},
+    ("w4a4", "fastest"): {"on": BLACKWELL, "in": (BF16, FP16), "rows": (1, 16, 17, 4608, None)},
     ("w4a4", "half"): {"on": FULL, "in": (BF16,), "rows": (17, 4608, None)},
     ("w4a4", "in_loop"): {"on": FULL, "in": FLOATS, "rows": (1, 16, 17, 4608, None)},
     ("w4a4", "fp8"): {"on": (ADA, HOPPER), "in": (BF16,), "rows": (1, 16, 17, 4608, None)},
@@ -93,6 +94,7 @@ def test_every_row_quantises_to_what_its_kind_multiplies() -> None:
         ("half", "nvfp4_half"),
         ("half", None),
         ("w4a4_native", "nvfp4"),
+        ("w4a4_fastest", "nvfp4"),
         ("w4a4_portable", "nvfp4"),
         ("w4a16_vector", None),
         ("w4a16_portable", None),
@@ -246,7 +248,7 @@ def test_a_scheme_that_was_asked_for_stays(scheme: str) -> None:
             {"route": "fp8", "scheme": "w4a4"},
             where((12, 0)),
             "route='fp8' does not serve w4a4 in torch.bfloat16 on a device of compute capability "
-            "12.0; there: half, in_loop, native, reference",
+            "12.0; there: fastest, half, in_loop, native, reference",
         ),
         (
             {"route": "half", "scheme": "w4a4"},

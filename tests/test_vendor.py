@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pq_compile import vendor
+from pq_compile import products, vendor
 from pq_compile.errors import Refused
 from pq_compile.formats import NVFP4
 
@@ -230,3 +230,25 @@ def test_nothing_is_measured_while_a_graph_is_captured(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert vendor.fastest(*operands(8, 32, 64), None, torch.bfloat16) == "w4a4_native"
     assert device.calls == []
+
+
+def test_the_route_fastest_multiplies_each_weight_by_what_was_soonest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kinds = iter(["w4a4_native", "w4a4_scaled_mm"])
+    asked: list[str] = []
+
+    def product(a: Any, w: Any, bias: Any, dtype: torch.dtype, kind: str) -> Tensor:
+        asked.append(kind)
+        return vendor.reference(a, w, bias, dtype)
+
+    monkeypatch.setattr(vendor, "fastest", lambda *given: next(kinds))
+    monkeypatch.setattr(vendor, "matmul", product)
+    a, *weights = (NVFP4.quantize(torch.randn(n, 64)) for n in (3, 16, 32))
+    biases = [torch.randn(16), torch.randn(32)]
+    y = products.multiply(a, weights, biases, "w4a4_fastest", torch.float32)
+    assert asked == ["w4a4_native", "w4a4_scaled_mm"]
+    expected = [
+        vendor.reference(a, w, b, torch.float32) for w, b in zip(weights, biases, strict=True)
+    ]
+    assert torch.equal(y, torch.cat(expected, -1))
