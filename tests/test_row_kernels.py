@@ -13,14 +13,14 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from pq_compile import row_kernels
 from pq_compile.errors import Refused
 from pq_compile.row_text import MOST_CHUNKS, RowKernel, chunks, source
-from pq_compile.rows import Target, parse, reference
+from pq_compile.rows import Target, parse, reference, values
 from tests.conftest import Golden
 from tests.interpreting import Interpreter, interpreter
 from tests.near_ties import near_ties
@@ -72,12 +72,14 @@ def test_programs_that_are_rounded_once_give_the_same_bits(
     assert differing(found, reference(program, inputs)) == 0
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, derandomize=True)
 @given(
     seed=st.integers(0, 10**6),
     target=st.sampled_from(TARGETS),
     widths=st.sampled_from(WIDTHS),
 )
+@example(seed=51160, target="fp8", widths=(112,))
+@example(seed=6975, target="fp8", widths=(80, 32))
 def test_other_programs_give_the_nearest_codes(
     interpreted: Interpreter, seed: int, target: Target, widths: tuple[int, ...]
 ) -> None:
@@ -88,11 +90,17 @@ def test_other_programs_give_the_nearest_codes(
     assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in expected]
     if target != "none":
         assert strays(program, inputs, found)[:2] == (0, 0)
-    count = len(program.kept)
-    for one, other in zip(found[len(found) - count :], expected[len(found) - count :], strict=True):
-        bound = 2e-3 if one.dtype == torch.float16 else 2e-6
-        size = other.abs().amax(-1, keepdim=True)
-        assert ((one - other).abs() <= bound * (other.abs() + size)).all()
+    exact = values(program, [x.double() for x in inputs])
+    first = len(found) - len(program.kept)
+    for one, other, (value, dtype) in zip(
+        found[first:], expected[first:], program.kept, strict=True
+    ):
+        truth = exact[value]
+        largest = torch.stack([v.abs().amax().double() for v in exact]).max()  # before terms cancel
+        rounding = 2e-3 if dtype == torch.float16 else 2e-6
+        size = truth.abs() + truth.abs().amax(-1, keepdim=True)
+        lost = (other.double() - truth).abs().amax(-1, keepdim=True)  # to fp32, where terms cancel
+        assert ((one.double() - truth).abs() <= rounding * size + 4 * lost + 1e-6 * largest).all()
 
 
 FLUX = (
