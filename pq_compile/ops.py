@@ -11,7 +11,7 @@ other than NVFP4, on old devices.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -107,8 +107,7 @@ def matmul(
     weights = list(zip(packed, scales, tensor_scales, strict=True))
     first = a[0]
     flat = [x.view(-1, x.shape[-1]) if x.ndim > 2 else x for x in a]
-    multiply = products.multiply if first.is_cuda and first.numel() else products.reference
-    y = multiply(flat, weights, biases, kind, dtype)
+    y = _product_of(first)(flat, weights, biases, kind, dtype)
     return y if first.ndim == 2 else y.view(*first.shape[:-1], y.shape[1])
 
 
@@ -129,14 +128,13 @@ def site(
     ``biased`` how many of the ``biases`` are theirs.
     """
     quantised: list[Tensor]
-    if inputs[0].is_cuda and inputs[0].numel():
+    if inputs[0].is_cuda:
         quantised, kept, lead = row_kernels.run_flat(program, inputs)
-        multiply = products.multiply
     else:
         made, split = rows(inputs, program), QUANTISED.get(kind, 3)
         kept, lead = made[split:], tuple(made[0].shape[:-1])
         quantised = [x.reshape(-1, x.shape[-1]) if x.ndim else x for x in made[:split]]
-        multiply = products.reference
+    multiply = _product_of(quantised[0])
     found, first, bias = [], 0, 0
     for count, several in zip(teams, biased, strict=True):
         team = [
@@ -146,6 +144,11 @@ def site(
         found.append(y.view(*lead, y.shape[1]))
         first, bias = first + 3 * count, bias + several
     return [*found, *kept]
+
+
+def _product_of(rows: Tensor) -> Callable[..., Tensor]:
+    """What multiplies quantised ``rows``; kernels and vendors take none of no rows."""
+    return products.multiply if rows.is_cuda and rows.numel() else products.reference
 
 
 def where(device: torch.device, format: str, scheme: str, rows: int, dtype: Any = None) -> str:

@@ -26,13 +26,10 @@ def multiply(
             return scratch.matmul_fp8(a[0], a[1], weights, biases).to(dtype)
         case "half":
             return _finished(*scratch.matmul_half(a[0], a[1:], weights, biases), dtype)
-        case "w4a4_fastest":
-            return _by_fastest((a[0], a[1], a[2]), weights, biases, dtype)
         case _:
             each: Sequence[Tensor | None] = biases or [None] * len(weights)
             pairs = zip(weights, each, strict=True)
-            how: Any = kind
-            found = [kernels.matmul_w4a4((a[0], a[1], a[2]), w, b, dtype, how) for w, b in pairs]
+            found = [_packed((a[0], a[1], a[2]), w, b, dtype, kind) for w, b in pairs]
             return found[0] if len(found) == 1 else torch.cat(found, -1)
 
 
@@ -58,16 +55,11 @@ def reference(
     return (y if bias is None else y + bias).to(dtype)
 
 
-def _by_fastest(
-    a: Weight, weights: Sequence[Weight], biases: Sequence[Tensor], dtype: torch.dtype
-) -> Tensor:
-    """Each product by the code that was soonest for its shape: ours, or a vendor's."""
-    each: Sequence[Tensor | None] = biases or [None] * len(weights)
-    found = [
-        vendor.matmul(a, w, b, dtype, vendor.fastest(a, w, b, dtype))
-        for w, b in zip(weights, each, strict=True)
-    ]
-    return found[0] if len(found) == 1 else torch.cat(found, -1)
+def _packed(a: Weight, w: Weight, bias: Tensor | None, dtype: torch.dtype, kind: Any) -> Tensor:
+    """Packed rows by one weight: by our kernel ``kind``, or by the code soonest for its shape."""
+    if kind == "w4a4_fastest":
+        return vendor.matmul(a, w, bias, dtype, vendor.fastest(a, w, bias, dtype))
+    return kernels.matmul_w4a4(a, w, bias, dtype, kind)
 
 
 def _finished(y: Tensor, column: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
